@@ -1,0 +1,1 @@
+//! Generated CRI 1.36 types, client and server.

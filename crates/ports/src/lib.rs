@@ -1,0 +1,9 @@
+//! What the core needs from the outside, as traits. Implementations live under `plugins/`.
+
+pub mod error;
+pub mod network;
+pub mod snapshotter;
+
+pub use error::Error;
+pub use network::Network;
+pub use snapshotter::Snapshotter;

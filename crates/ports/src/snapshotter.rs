@@ -1,0 +1,92 @@
+//! Layers on disk and the root file systems made of them.
+//!
+//! All calls block; async callers use a blocking thread. Implementations keep no state that a
+//! look at the disk could not rebuild: layers are directories named by chain id, container
+//! snapshots are directories named by container id.
+
+use std::path::{Path, PathBuf};
+
+use gantry_types::{ContainerId, Digest};
+
+use crate::Error;
+
+/// A layer that is being unpacked: write the tree below `dir`, then commit.
+#[derive(Debug)]
+pub struct Stage {
+    pub chain: Digest,
+    /// Parent chain id; `None` for a base layer.
+    pub parent: Option<Digest>,
+    /// Root of the layer's tree while staged; private to this stage.
+    pub dir: PathBuf,
+}
+
+/// What a committed layer or a snapshot occupies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub bytes: u64,
+    pub inodes: u64,
+}
+
+/// How deletions are written into a staged layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whiteouts {
+    /// overlayfs: 0:0 character device, `trusted.overlay.opaque=y` on a directory.
+    Overlay,
+    /// The stage already holds the parent's tree: deletions are applied to it.
+    Apply,
+}
+
+pub trait Snapshotter: Send + Sync + 'static {
+    fn name(&self) -> &'static str;
+
+    /// Directory whose file system holds the layers (for ImageFsInfo).
+    fn root(&self) -> &Path;
+
+    fn whiteouts(&self) -> Whiteouts;
+
+    fn has_layer(&self, chain: &Digest) -> bool;
+
+    /// Starts a layer. Stages of the same chain may exist side by side; the first commit wins.
+    fn stage(&self, chain: &Digest, parent: Option<&Digest>) -> Result<Stage, Error>;
+
+    /// Makes the tree durable (`syncfs`, then fsync of the directories), then visible under its
+    /// chain id by rename. `usage` is what the unpacker counted and is kept with the layer. A
+    /// layer that was committed meanwhile by someone else is success.
+    fn commit(&self, stage: Stage, usage: Usage) -> Result<(), Error>;
+
+    /// Throws a stage away.
+    fn abort(&self, stage: Stage) -> Result<(), Error>;
+
+    /// Chain ids of all committed layers with what each occupies.
+    fn layers(&self) -> Result<Vec<(Digest, Usage)>, Error>;
+
+    /// Removes a layer: renamed away first, then deleted. Absent is success.
+    fn remove_layer(&self, chain: &Digest) -> Result<(), Error>;
+
+    /// Makes the writable part of a container's root; idempotent. `layers` from base to top.
+    fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error>;
+
+    /// Mounts a prepared snapshot at `target` (an existing directory); idempotent.
+    fn mount(
+        &self,
+        container: &ContainerId,
+        layers: &[Digest],
+        target: &Path,
+    ) -> Result<(), Error>;
+
+    /// Unmounts `target`; not mounted is success.
+    fn unmount(&self, target: &Path) -> Result<(), Error>;
+
+    /// The writable part of a prepared snapshot, and what it occupies.
+    fn usage(&self, container: &ContainerId) -> Result<Usage, Error>;
+
+    /// Containers that have a snapshot.
+    fn snapshots(&self) -> Result<Vec<ContainerId>, Error>;
+
+    /// Removes a container's snapshot; absent is success. The caller has unmounted it.
+    fn remove(&self, container: &ContainerId) -> Result<(), Error>;
+
+    /// Start-up: removes what a killed process left half made (stages, trash). Called before
+    /// any other call, when nothing of this process is under way.
+    fn clean(&self) -> Result<(), Error>;
+}

@@ -1,0 +1,1 @@
+//! Drives the OCI runtime binary and reads its JSON log; sync.

@@ -1,0 +1,1 @@
+//! CRI configuration and resolved facts to an OCI runtime spec; pure.

@@ -1,0 +1,1 @@
+//! One driver task per pod, shim client, recovery.

@@ -1,0 +1,1 @@
+//! Image builder, local registry, fakes, failpoints, leak check.

@@ -1,0 +1,13 @@
+//! The vocabulary that every other crate shares: ids, digests, states, error kinds.
+//!
+//! Nothing here does I/O, spawns or awaits, so that all of it can be tested as plain functions.
+
+pub mod digest;
+pub mod error;
+pub mod id;
+pub mod process;
+
+pub use digest::Digest;
+pub use error::{ErrorKind, Kind};
+pub use id::{ContainerId, IdError, PodId};
+pub use process::{Exit, ProcessRef};

@@ -1,0 +1,1 @@
+//! Layers and root file systems on overlayfs.

@@ -1,0 +1,1 @@
+//! Tests that drive a real gantryd over its socket.
