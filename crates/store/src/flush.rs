@@ -1,0 +1,87 @@
+//! One flush for all who wait: a writer that arrives while a flush runs joins the next one.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+
+#[derive(Default)]
+struct State {
+    /// Flushes begun so far.
+    begun: u64,
+    /// Newest flush that ended, with its error; older outcomes are no longer asked for.
+    ended: u64,
+    running: bool,
+    /// Outcome of the flush numbered `ended`.
+    error: Option<String>,
+}
+
+/// Coalesces concurrent flushes.
+#[derive(Default)]
+pub struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    /// Returns after a flush that began after this call. Its error goes to all who waited for it.
+    pub fn flush<E: std::fmt::Display>(
+        &self,
+        flush: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), String> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // The one under way may have begun before our write: only the next counts.
+        let wanted = state.begun + 1;
+        while state.running && state.ended < wanted {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.ended >= wanted {
+            return match &state.error {
+                Some(error) => Err(error.clone()),
+                None => Ok(()),
+            };
+        }
+        state.running = true;
+        state.begun += 1;
+        let number = state.begun;
+        drop(state);
+        let outcome = flush().map_err(|error| error.to_string());
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.running = false;
+        state.ended = number;
+        state.error = outcome.clone().err();
+        self.changed.notify_all();
+        outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn waiting_writers_share_a_flush() {
+        let shared = Shared::default();
+        let flushes = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| {
+                    shared
+                        .flush(|| {
+                            flushes.fetch_add(1, Ordering::SeqCst);
+                            std::thread::sleep(std::time::Duration::from_millis(30));
+                            Ok::<_, String>(())
+                        })
+                        .unwrap();
+                });
+            }
+        });
+        let flushes = flushes.load(Ordering::SeqCst);
+        assert!((1..16).contains(&flushes), "{flushes} flushes for 16 writers");
+    }
+
+    #[test]
+    fn an_error_reaches_the_writer_and_the_next_flush_is_tried() {
+        let shared = Shared::default();
+        assert_eq!(shared.flush(|| Err("no space")), Err("no space".to_owned()));
+        assert_eq!(shared.flush(|| Ok::<_, String>(())), Ok(()));
+    }
+}
