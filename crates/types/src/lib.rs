@@ -6,8 +6,10 @@ pub mod digest;
 pub mod error;
 pub mod id;
 pub mod process;
+pub mod state;
 
 pub use digest::Digest;
 pub use error::{ErrorKind, Kind};
 pub use id::{ContainerId, IdError, PodId};
 pub use process::{Exit, ProcessRef};
+pub use state::{ContainerState, Decision, PodState};
