@@ -10,7 +10,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let set = protox::compile([proto.join("runtime/v1/api.proto")], [proto])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("descriptors.bin"), set.encode_to_vec())?;
-    // Ordered maps: what we encode, hash and store is the same bytes every time.
-    tonic_prost_build::configure().btree_map(".").compile_fds(set)?;
+    tonic_prost_build::configure()
+        // Ordered maps: what we encode, hash and store is the same bytes every time.
+        .btree_map(".")
+        // Holds credentials; its Debug is written by hand in lib.rs.
+        .skip_debug([".runtime.v1.AuthConfig"])
+        .compile_fds(set)?;
     Ok(())
 }
