@@ -1,1 +1,9 @@
 //! The only crate with unsafe code: clone3, pidfd, setns, mounts, close_range, subreaper, signalfd.
+//!
+//! Thin and synchronous: a function here is one system call, or the few that only make sense
+//! together. Results are `std::io::Error` with the kernel's errno; the caller, who knows what the
+//! path or process means, names it. Descriptors are owned or borrowed end to end and always
+//! close-on-exec, unless a function says otherwise.
+
+pub mod fs;
+pub mod mount;
