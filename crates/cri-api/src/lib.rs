@@ -8,8 +8,7 @@ pub mod v1 {
 }
 
 /// The encoded `FileDescriptorSet` of [`v1`], for reflection and for tests of the contract.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Credentials reach errors and logs through `{:?}`; this one shows only that they are there.
 impl std::fmt::Debug for v1::AuthConfig {
@@ -41,6 +40,9 @@ mod tests {
             ..Default::default()
         };
         let shown = format!("{auth:?}");
-        assert!(shown.contains("ann") && !shown.contains("s3cret"), "{shown}");
+        assert!(
+            shown.contains("ann") && !shown.contains("s3cret"),
+            "{shown}"
+        );
     }
 }
