@@ -3,6 +3,8 @@
 pub mod error;
 pub mod network;
 pub mod snapshotter;
+#[cfg(feature = "testsuite")]
+pub mod testsuite;
 
 pub use error::Error;
 pub use network::Network;

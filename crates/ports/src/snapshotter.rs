@@ -21,7 +21,7 @@ pub struct Stage {
 }
 
 /// What a committed layer or a snapshot occupies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Usage {
     pub bytes: u64,
     pub inodes: u64,
@@ -49,10 +49,12 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Starts a layer. Stages of the same chain may exist side by side; the first commit wins.
     fn stage(&self, chain: &Digest, parent: Option<&Digest>) -> Result<Stage, Error>;
 
-    /// Makes the tree durable (`syncfs`, then fsync of the directories), then visible under its
-    /// chain id by rename. `usage` is what the unpacker counted and is kept with the layer. A
-    /// layer that was committed meanwhile by someone else is success.
-    fn commit(&self, stage: Stage, usage: Usage) -> Result<(), Error>;
+    /// Makes the trees durable (one `syncfs` for all of them: it flushes the whole file system, so
+    /// one per layer would multiply the wait of every other writer), then visible under their
+    /// chain ids by rename, in the order given: base first. The usage is what the unpacker counted
+    /// and is kept with the layer. A layer that was committed meanwhile by someone else is
+    /// success. On error the stages not yet committed are thrown away.
+    fn commit(&self, stages: Vec<(Stage, Usage)>) -> Result<(), Error>;
 
     /// Throws a stage away.
     fn abort(&self, stage: Stage) -> Result<(), Error>;
@@ -60,19 +62,23 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Chain ids of all committed layers with what each occupies.
     fn layers(&self) -> Result<Vec<(Digest, Usage)>, Error>;
 
-    /// Removes a layer: renamed away first, then deleted. Absent is success.
+    /// The tree of a committed layer, to be read only: an unpacker that stages one layer alone
+    /// ([`Whiteouts::Overlay`]) takes from it what the layer above left unsaid. `None` if absent.
+    fn layer_dir(&self, chain: &Digest) -> Option<PathBuf>;
+
+    /// Takes a layer out of sight by rename, which is quick enough for a caller that holds a lock;
+    /// its space comes back with [`Snapshotter::purge`]. Absent is success.
     fn remove_layer(&self, chain: &Digest) -> Result<(), Error>;
+
+    /// Deletes what was renamed away. May take long.
+    fn purge(&self) -> Result<(), Error>;
 
     /// Makes the writable part of a container's root; idempotent. `layers` from base to top.
     fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error>;
 
     /// Mounts a prepared snapshot at `target` (an existing directory); idempotent.
-    fn mount(
-        &self,
-        container: &ContainerId,
-        layers: &[Digest],
-        target: &Path,
-    ) -> Result<(), Error>;
+    fn mount(&self, container: &ContainerId, layers: &[Digest], target: &Path)
+    -> Result<(), Error>;
 
     /// Unmounts `target`; not mounted is success.
     fn unmount(&self, target: &Path) -> Result<(), Error>;

@@ -1,1 +1,152 @@
 //! Layers and root file systems on overlayfs.
+//!
+//! ```text
+//! <root>/overlayfs/layers/<hex of chain id>/{fs,usage}   committed layers
+//!                  stages/<serial>/{fs,usage}            layers being unpacked
+//!                  snapshots/<container id>/{fs,work}    writable parts
+//!                  trash/                                renamed away, being deleted
+//! ```
+//!
+//! Every directory above a layer's `fs` is 0700: files of images keep their owners and set-id bits,
+//! so no other user of the host may reach them (CVE-2021-41103).
+//! A directory appears under `layers` or `snapshots` by rename of a finished one, so that what is
+//! seen there is whole.
+
+mod layers;
+mod layout;
+mod mount;
+mod snapshots;
+
+use std::path::{Path, PathBuf};
+
+use gantry_ports::Error;
+use gantry_ports::snapshotter::{Snapshotter, Stage, Usage, Whiteouts};
+use gantry_types::{ContainerId, Digest};
+
+use layout::Layout;
+
+/// The overlayfs implementation of [`Snapshotter`].
+pub struct Overlayfs {
+    layout: Layout,
+}
+
+impl Overlayfs {
+    /// Opens or makes `<root>/overlayfs`.
+    pub fn open(root: &Path) -> Result<Self, Error> {
+        Ok(Self {
+            layout: Layout::open(&root.join("overlayfs"))?,
+        })
+    }
+}
+
+impl Snapshotter for Overlayfs {
+    fn name(&self) -> &'static str {
+        "overlayfs"
+    }
+
+    fn root(&self) -> &Path {
+        self.layout.root()
+    }
+
+    fn whiteouts(&self) -> Whiteouts {
+        Whiteouts::Overlay
+    }
+
+    fn has_layer(&self, chain: &Digest) -> bool {
+        self.layout.layer(chain).exists()
+    }
+
+    fn stage(&self, chain: &Digest, parent: Option<&Digest>) -> Result<Stage, Error> {
+        layers::stage(&self.layout, chain, parent)
+    }
+
+    fn commit(&self, stages: Vec<(Stage, Usage)>) -> Result<(), Error> {
+        layers::commit(&self.layout, stages)
+    }
+
+    fn abort(&self, stage: Stage) -> Result<(), Error> {
+        layers::abort(&self.layout, &stage)
+    }
+
+    fn layers(&self) -> Result<Vec<(Digest, Usage)>, Error> {
+        layers::list(&self.layout)
+    }
+
+    fn layer_dir(&self, chain: &Digest) -> Option<PathBuf> {
+        let dir = self.layout.layer(chain).join("fs");
+        dir.exists().then_some(dir)
+    }
+
+    fn remove_layer(&self, chain: &Digest) -> Result<(), Error> {
+        self.layout.discard(&self.layout.layer(chain)).map(drop)
+    }
+
+    fn purge(&self) -> Result<(), Error> {
+        self.layout.purge()
+    }
+
+    fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error> {
+        snapshots::prepare(&self.layout, container, layers)
+    }
+
+    fn mount(
+        &self,
+        container: &ContainerId,
+        layers: &[Digest],
+        target: &Path,
+    ) -> Result<(), Error> {
+        snapshots::mount(&self.layout, container, layers, target)
+    }
+
+    fn unmount(&self, target: &Path) -> Result<(), Error> {
+        mount::unmount(target)
+    }
+
+    fn usage(&self, container: &ContainerId) -> Result<Usage, Error> {
+        snapshots::usage(&self.layout, container)
+    }
+
+    fn snapshots(&self) -> Result<Vec<ContainerId>, Error> {
+        snapshots::list(&self.layout)
+    }
+
+    fn remove(&self, container: &ContainerId) -> Result<(), Error> {
+        snapshots::remove(&self.layout, container)
+    }
+
+    fn clean(&self) -> Result<(), Error> {
+        self.layout.clean()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_keeps_the_contract() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIP it_keeps_the_contract: mounting needs root");
+            return;
+        }
+        let work = tempfile::tempdir().unwrap();
+        gantry_ports::testsuite::snapshotter::run(
+            |root| Box::new(Overlayfs::open(root).unwrap()),
+            work.path(),
+        );
+    }
+
+    #[test]
+    fn nobody_else_may_enter() {
+        use std::os::unix::fs::PermissionsExt;
+        let work = tempfile::tempdir().unwrap();
+        let s = Overlayfs::open(work.path()).unwrap();
+        for dir in ["", "layers", "stages", "snapshots", "trash"] {
+            let mode = std::fs::metadata(s.root().join(dir))
+                .unwrap()
+                .permissions()
+                .mode();
+            assert_eq!(mode & 0o777, 0o700, "{dir}");
+        }
+    }
+}
