@@ -5,5 +5,17 @@
 //! path or process means, names it. Descriptors are owned or borrowed end to end and always
 //! close-on-exec, unless a function says otherwise.
 
+pub mod caps;
+pub mod clone;
+pub mod epoll;
 pub mod fs;
+pub mod memory;
 pub mod mount;
+pub mod namespace;
+pub mod oom;
+pub mod pidfd;
+pub mod process;
+pub mod pty;
+pub mod seccomp;
+pub mod signal;
+pub mod socket;

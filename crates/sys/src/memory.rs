@@ -1,0 +1,206 @@
+//! Memory that can be given back: the pod's shim must be small when nothing happens.
+
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+use rustix::mm;
+
+/// A buffer of whole pages, zeroed, that takes memory only where it was touched and gives it back
+/// on [`release`](Self::release).
+#[derive(Debug)]
+pub struct PageBuffer {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl PageBuffer {
+    pub fn new(len: usize) -> io::Result<Self> {
+        // SAFETY: a new private anonymous mapping at an address that the kernel chooses touches
+        // no memory that exists (mmap(2)).
+        let start = unsafe {
+            mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                mm::ProtFlags::READ | mm::ProtFlags::WRITE,
+                mm::MapFlags::PRIVATE,
+            )
+        }?;
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, len })
+    }
+
+    /// Gives the pages back to the kernel; the content is zeroes afterwards.
+    pub fn release(&mut self) {
+        // SAFETY: exactly our own mapping, borrowed mutably. MADV_DONTNEED on a private anonymous
+        // mapping makes it read as zeroes, which are valid bytes (madvise(2)).
+        let result = unsafe {
+            mm::madvise(
+                self.start.as_ptr().cast(),
+                self.len,
+                mm::Advice::LinuxDontNeed,
+            )
+        };
+        // Advice: when the kernel will not, nothing but memory is lost.
+        let _ = result;
+    }
+}
+
+impl Deref for PageBuffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` bytes mapped readable from `start` until drop, always initialised
+        // (zeroes), and no one else has the address.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for PageBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`, and `&mut self` makes the borrow the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for PageBuffer {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and no borrow of it outlives `self`.
+        let result = unsafe { mm::munmap(self.start.as_ptr().cast(), self.len) };
+        // Cannot fail for a whole mapping of ours; there is nobody to tell in any case.
+        let _ = result;
+    }
+}
+
+/// Writable private memory of the calling process, for [`pause_forever`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ranges {
+    ranges: [(usize, usize); 16],
+    stack: (usize, usize),
+}
+
+impl Ranges {
+    /// Reads `/proc/self/maps`. More ranges than there is room for are left out: they only cost
+    /// memory.
+    pub fn own() -> io::Result<Self> {
+        let maps = std::fs::read_to_string("/proc/self/maps")?;
+        let mut found = Self::default();
+        let mut count = 0;
+        for line in maps.lines() {
+            let mut fields = line.split_ascii_whitespace();
+            let (Some(range), Some(mode)) = (fields.next(), fields.next()) else {
+                continue;
+            };
+            let Some((start, end)) = range.split_once('-') else {
+                continue;
+            };
+            let (Ok(start), Ok(end)) = (
+                usize::from_str_radix(start, 16),
+                usize::from_str_radix(end, 16),
+            ) else {
+                continue;
+            };
+            if !mode.starts_with("rw-p") {
+                continue;
+            }
+            if line.ends_with("[stack]") {
+                found.stack = (start, end - start);
+            } else if count < found.ranges.len() {
+                found.ranges[count] = (start, end - start);
+                count += 1;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Gives all writable memory back and sleeps for ever, needing no memory at all: what is left of
+/// the process is a page of shared code. Only a signal that cannot be caught ends it; the caller
+/// has blocked or ignores the others.
+pub fn pause_forever(ranges: Ranges) -> ! {
+    for (start, len) in ranges.ranges {
+        if len > 0 {
+            // SAFETY: MADV_DONTNEED is given only our own private mappings. Their content reverts
+            // to the file's or to zeroes while Rust values still live there, so from here on
+            // nothing may be used but the code of this function, its arguments on the stack and
+            // the system call itself, which is what the rest of this function does. The function
+            // never returns.
+            unsafe { raw::madvise_dontneed(start, len) };
+        }
+    }
+    let (start, len) = ranges.stack;
+    // SAFETY: as above; from here even the stack is gone, and the routine uses registers only.
+    unsafe { raw::drop_stack_and_pause(start, len) }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod raw {
+    use std::arch::asm;
+
+    /// madvise(2) without libc, whose errno lives in memory that is being dropped.
+    pub unsafe fn madvise_dontneed(start: usize, len: usize) {
+        // SAFETY: the caller vouches for the range; the syscall instruction clobbers rcx and r11.
+        unsafe {
+            asm!("syscall", inlateout("rax") libc::SYS_madvise => _, in("rdi") start,
+                in("rsi") len, in("rdx") libc::MADV_DONTNEED as i64,
+                lateout("rcx") _, lateout("r11") _);
+        }
+    }
+
+    pub unsafe fn drop_stack_and_pause(start: usize, len: usize) -> ! {
+        // SAFETY: no instruction touches memory after the first system call, and control never
+        // leaves the loop.
+        unsafe {
+            asm!("syscall", "2:", "mov eax, {pause}", "syscall", "jmp 2b",
+                pause = const libc::SYS_pause,
+                in("rax") libc::SYS_madvise, in("rdi") start, in("rsi") len,
+                in("rdx") libc::MADV_DONTNEED as i64, options(noreturn));
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod raw {
+    use std::arch::asm;
+
+    /// madvise(2) without libc, whose errno lives in memory that is being dropped.
+    pub unsafe fn madvise_dontneed(start: usize, len: usize) {
+        // SAFETY: the caller vouches for the range.
+        unsafe {
+            asm!("svc #0", in("x8") libc::SYS_madvise, inlateout("x0") start => _, in("x1") len,
+                in("x2") libc::MADV_DONTNEED as i64);
+        }
+    }
+
+    pub unsafe fn drop_stack_and_pause(start: usize, len: usize) -> ! {
+        // SAFETY: no instruction touches memory after the first system call (ppoll without
+        // descriptors, timeout and mask takes null pointers only), and control never leaves.
+        unsafe {
+            asm!("svc #0", "2:", "mov x0, #0", "mov x1, #0", "mov x2, #0", "mov x3, #0",
+                "mov x8, #{ppoll}", "svc #0", "b 2b",
+                ppoll = const libc::SYS_ppoll,
+                in("x8") libc::SYS_madvise, in("x0") start, in("x1") len,
+                in("x2") libc::MADV_DONTNEED as i64, options(noreturn));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_released_buffer_is_empty_and_usable() {
+        let mut buffer = PageBuffer::new(64 << 10).unwrap();
+        buffer[100] = 7;
+        buffer.release();
+        assert_eq!(buffer[100], 0);
+        buffer[65535] = 1;
+        assert_eq!(buffer.len(), 65536);
+    }
+
+    #[test]
+    fn own_memory_is_found() {
+        let ranges = Ranges::own().unwrap();
+        assert!(ranges.ranges[0].1 > 0);
+    }
+}
