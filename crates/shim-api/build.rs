@@ -6,6 +6,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let proto = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
     println!("cargo:rerun-if-changed={}", proto.join("shim").display());
     let set = protox::compile([proto.join("shim/v1/shim.proto")], [proto])?;
-    prost_build::Config::new().btree_map(["."]).compile_fds(set)?;
+    prost_build::Config::new()
+        .btree_map(["."])
+        .compile_fds(set)?;
     Ok(())
 }
