@@ -27,6 +27,14 @@ pub struct PortMapping {
     pub host_ip: String,
 }
 
+/// The pod's resolver configuration, for plugins with the `dns` capability.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dns {
+    pub servers: Vec<String>,
+    pub searches: Vec<String>,
+    pub options: Vec<String>,
+}
+
 /// The pod whose network is wanted. The same value is given to attach and to detach.
 #[derive(Clone, Debug)]
 pub struct Attachment {
@@ -37,7 +45,10 @@ pub struct Attachment {
     /// The pinned network namespace; `None` at detach when it is gone (the plugin is then called
     /// with an empty path, as the CNI specification allows for DEL).
     pub netns: Option<PathBuf>,
+    /// Mappings with host port zero only declare a port and are not passed to plugins.
     pub port_mappings: Vec<PortMapping>,
+    /// `None` when the pod copies the host's resolv.conf.
+    pub dns: Option<Dns>,
     /// Pod annotations: the bandwidth capability is read from them.
     pub annotations: BTreeMap<String, String>,
     /// Parent cgroup of the pod, for plugins with the `cgroupPath` capability; may be empty.
@@ -81,6 +92,11 @@ pub trait Network: Send + Sync + 'static {
     /// Gives everything back; idempotent, also when attach failed midway or never ran.
     /// `raw` is `Attached::raw`, or the intent when there was no result.
     async fn detach(&self, pod: &Attachment, raw: &[u8]) -> Result<(), Error>;
+
+    /// Gives back what no pod of `valid` owns: leftovers of teardowns that never ran. `valid` must
+    /// hold every pod for which an intent is recorded, those in flight included. Configurations
+    /// that cannot collect are success. Not to be called while an attach may start unseen.
+    async fn gc(&self, valid: &[PodId]) -> Result<(), Error>;
 
     /// CRI UpdateRuntimeConfig: the node's pod CIDRs, comma-separated.
     async fn update_pod_cidr(&self, cidr: &str) -> Result<(), Error>;
