@@ -1,0 +1,234 @@
+# Shell functions that deploy/run, tests/run and tests/bench/run share. Sourced, never run.
+# Expects: bash, set -euo pipefail.
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The oldest compiler that builds the workspace, from its Cargo.toml.
+RUST_MINIMUM=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$REPO/Cargo.toml")
+
+say() { printf '== %s\n' "$*"; }
+die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+
+need_root() { [ "$(id -u)" = 0 ] || die "needs root: sudo $0"; }
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+is_debian() { have apt-get && have dpkg-query; }
+
+# What apt would install, in words, for people whose distribution has other package names.
+print_needs() {
+    cat <<'END'
+This is not Debian or Ubuntu, so nothing is installed for you. Please install:
+  - Rust and Cargo, RUST_MINIMUM or newer (rustup), a C compiler and linker, pkg-config
+  - runc 1.1 or newer (or crun)
+  - the CNI plugins bridge, host-local, portmap and loopback in /opt/cni/bin or /usr/lib/cni
+  - iptables, iproute2, util-linux
+  - a static busybox (for the first image)
+  - for the tests also protoc (protobuf-compiler) and, for crictl, Go 1.26 or newer
+END
+}
+
+# Installs those of the named packages that are not there. Asks the network only if it must.
+apt_install() {
+    local package missing=()
+    for package; do
+        dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    say "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    local options=(-qq -y --no-install-recommends -o Dpkg::Use-Pty=0)
+    apt-get install "${options[@]}" "${missing[@]}" >/dev/null 2>&1 && return
+    # The package lists may be absent or stale.
+    apt-get update -qq
+    apt-get install "${options[@]}" "${missing[@]}" >/dev/null
+}
+
+# Puts what a node needs in place: packages by the program that they bring.
+ensure_node_tools() {
+    local wanted=() program
+    cni_bin_dir >/dev/null || wanted+=(containernetworking-plugins)
+    have runc || have crun || wanted+=(runc)
+    have iptables || wanted+=(iptables)
+    have ip || wanted+=(iproute2)
+    have setsid && have nsenter || wanted+=(util-linux)
+    static_busybox >/dev/null || wanted+=(busybox-static)
+    [ -s /etc/ssl/certs/ca-certificates.crt ] || wanted+=(ca-certificates)
+    [ ${#wanted[@]} -gt 0 ] || return 0
+    if is_debian; then
+        apt_install "${wanted[@]}"
+        return
+    fi
+    print_needs | sed "s/RUST_MINIMUM/$RUST_MINIMUM/" >&2
+    for program in runc iptables ip setsid; do have "$program" || echo "missing here: $program" >&2; done
+    cni_bin_dir >/dev/null || echo "missing here: CNI plugins" >&2
+    static_busybox >/dev/null || echo "missing here: a static busybox" >&2
+    exit 1
+}
+
+# The first directory that holds the CNI plugins.
+cni_bin_dir() {
+    local dir
+    for dir in /opt/cni/bin /usr/lib/cni /usr/libexec/cni; do
+        if [ -x "$dir/bridge" ] && [ -x "$dir/portmap" ]; then echo "$dir"; return; fi
+    done
+    return 1
+}
+
+# A busybox without a dynamic loader, since an image made of it holds nothing else.
+static_busybox() {
+    local path
+    for path in /bin/busybox /usr/bin/busybox; do
+        [ -x "$path" ] || continue
+        if ! ldd "$path" 2>&1 | grep -q '=>'; then echo "$path"; return; fi
+    done
+    return 1
+}
+
+version_at_least() { printf '%s\n%s\n' "$2" "$1" | sort -VC; }
+
+rust_version() { rustc --version 2>/dev/null | cut -d' ' -f2 | cut -d- -f1; }
+
+# Finds cargo, also the one of the user behind sudo, or installs it. Arguments: components.
+ensure_rust() {
+    local home user_home="" component
+    export HOME=${HOME:-/root}
+    if [ -n "${SUDO_USER:-}" ]; then user_home=$(getent passwd "$SUDO_USER" | cut -d: -f6); fi
+    if ! have cargo; then
+        for home in "$HOME" "$user_home"; do
+            [ -n "$home" ] && [ -x "$home/.cargo/bin/cargo" ] || continue
+            PATH=$home/.cargo/bin:$PATH
+            # Root uses the user's compiler, but keeps its downloads to itself: files of root's
+            # in the user's registry would break the user's next build.
+            [ "$home" = "$HOME" ] || export RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup} CARGO_HOME=${CARGO_HOME:-$HOME/.cargo}
+            break
+        done
+    fi
+    if ! have cargo || ! version_at_least "$(rust_version)" "$RUST_MINIMUM"; then
+        have cargo && ! have rustup && say "Rust $(rust_version) is older than $RUST_MINIMUM"
+        install_rust
+    fi
+    for component; do
+        have "$component" && continue
+        case $component in cargo-clippy) component=clippy ;; esac
+        have rustup || die "$component is missing; install it beside cargo"
+        rustup component add "$component" >/dev/null 2>&1 || die "rustup could not add $component"
+    done
+    # The linker, also for build scripts.
+    if ! have cc; then is_debian || die "a C compiler (cc) is missing"; apt_install gcc libc6-dev; fi
+    set_target_dir
+    mkdir -p "$CARGO_TARGET_DIR"
+    export PATH CARGO_TARGET_DIR
+}
+
+# Where cargo builds. Root must not own the target directory of a user's checkout.
+set_target_dir() {
+    [ -z "${CARGO_TARGET_DIR:-}" ] || return 0
+    CARGO_TARGET_DIR=$REPO/target
+    if [ -n "${SUDO_UID:-}" ] && [ "$SUDO_UID" != 0 ]; then
+        mkdir -p "$REPO/target"
+        chown --reference="$REPO" "$REPO/target"
+        CARGO_TARGET_DIR=$REPO/target/root
+    fi
+}
+
+install_rust() {
+    if ! have rustup; then
+        is_debian || die "Rust $RUST_MINIMUM or newer is missing: install it from https://rustup.rs"
+        # Debian 13 and Ubuntu 24.04 package rustup; before that it comes from its own site.
+        apt_install rustup 2>/dev/null || {
+            apt_install curl ca-certificates
+            say "installing Rust through rustup"
+            curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+                sh -s -- -y -q --profile minimal --no-modify-path >/dev/null
+            PATH=$HOME/.cargo/bin:$PATH
+        }
+    fi
+    rustup toolchain install stable --profile minimal --no-self-update >/dev/null 2>&1 ||
+        die "rustup could not install the stable toolchain"
+    export RUSTUP_TOOLCHAIN=stable
+    have cargo || die "cargo is still missing after rustup ran"
+    version_at_least "$(rust_version)" "$RUST_MINIMUM" || die "Rust $(rust_version) is older than $RUST_MINIMUM"
+}
+
+# Builds gantryd, gantryctl and the static shim, all optimised, and puts them side by side into
+# the directory $1, where gantryd finds the shim.
+build_release() {
+    local into=$1 shim
+    say "building gantryd, gantryctl and gantry-shim (release)"
+    (cd "$REPO" && cargo build --quiet --release --locked -p gantryd -p gantryctl)
+    shim=$(build_shim)
+    mkdir -p "$into"
+    install_changed "$CARGO_TARGET_DIR/release/gantryd" "$into/gantryd"
+    install_changed "$CARGO_TARGET_DIR/release/gantryctl" "$into/gantryctl"
+    install_changed "$shim" "$into/gantry-shim"
+}
+
+# Builds the static shim and prints its path.
+build_shim() {
+    local shim
+    shim=$("$REPO/deploy/build-shim" | tail -n 1)
+    [ -x "$shim" ] || die "deploy/build-shim printed no executable: $shim"
+    echo "$shim"
+}
+
+# Copies $1 to $2 by rename, so that a running program keeps its own file; counts changes.
+INSTALLED=0
+install_changed() {
+    if cmp -s "$1" "$2"; then return; fi
+    install -m 755 "$1" "$2.new"
+    mv "$2.new" "$2"
+    INSTALLED=$((INSTALLED + 1))
+}
+
+# Prints the path of crictl: $CRICTL, the pinned one that was built here before, one built now if
+# there is Go, or the one in PATH. Fails if there is none.
+find_crictl() {
+    local tools=$CARGO_TARGET_DIR/tools pin go
+    if [ -n "${CRICTL:-}" ]; then echo "$CRICTL"; return; fi
+    pin=$(cat "$REPO"/tests/conformance/go.{mod,sum} | sha256sum | cut -d' ' -f1)
+    if [ -x "$tools/crictl" ] && [ "$(cat "$tools/crictl.pin" 2>/dev/null)" = "$pin" ]; then
+        echo "$tools/crictl"
+        return
+    fi
+    if go=$(find_go); then
+        say "building crictl" >&2
+        mkdir -p "$tools"
+        if (cd "$REPO/tests/conformance" && "$go" build -mod=readonly -o "$tools/crictl" \
+            -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$(crictl_version)" \
+            sigs.k8s.io/cri-tools/cmd/crictl) >&2; then
+            echo "$pin" >"$tools/crictl.pin"
+            echo "$tools/crictl"
+            return
+        fi
+        say "crictl could not be built" >&2
+    fi
+    command -v crictl
+}
+
+crictl_version() { sed -n 's/.*sigs.k8s.io\/cri-tools v\([^ ]*\).*/\1/p' "$REPO/tests/conformance/go.mod"; }
+
+find_go() {
+    local go
+    for go in "$(command -v go || true)" /usr/local/go/bin/go /usr/lib/go/bin/go; do
+        if [ -x "$go" ]; then echo "$go"; return; fi
+    done
+    return 1
+}
+
+# Builds the busybox image of the examples and tests as an archive at $1.
+build_busybox_image() {
+    (cd "$REPO" && cargo run --quiet --locked -p gantry-testkit --bin testkit-image -- \
+        docker.io/library/busybox:gantry "$1") >/dev/null
+}
+
+# Waits until the daemon behind socket $1 answers; $2 is its pid, $3 its log.
+wait_ready() {
+    local i
+    for i in $(seq 300); do
+        if [ -S "$1" ] && "$CTL" --socket "$1" image list >/dev/null 2>&1; then return; fi
+        kill -0 "$2" 2>/dev/null || break
+        sleep 0.1
+    done
+    [ -z "${3:-}" ] || tail -n 20 "$3" >&2
+    die "gantryd does not answer on $1"
+}
