@@ -26,11 +26,17 @@ pub enum Error {
 
 impl Error {
     pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::InvalidArgument { field: field.into(), reason: reason.into() }
+        Self::InvalidArgument {
+            field: field.into(),
+            reason: reason.into(),
+        }
     }
 
     pub(crate) fn precondition(field: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::FailedPrecondition { field: field.into(), reason: reason.into() }
+        Self::FailedPrecondition {
+            field: field.into(),
+            reason: reason.into(),
+        }
     }
 }
 

@@ -4,12 +4,23 @@
 //! namespaces; its result is [`Resolved`]. *Build* is this crate and touches nothing: it can be
 //! tested as a function. *Apply* makes directories, relabels and writes `config.json`.
 
+mod annotations;
+pub mod capabilities;
+mod container;
+mod devices;
 pub mod error;
+mod mounts;
+mod namespaces;
+mod path;
+pub mod process;
 pub mod resolved;
+pub mod resources;
+pub mod security;
 pub mod signal;
 pub mod sysctl;
 pub mod user;
 
+pub use container::container;
 pub use error::Error;
 pub use resolved::Resolved;
 pub use user::User;

@@ -84,14 +84,20 @@ pub fn from_number(signal: i32) -> Signal {
     };
     let all = (1..=i32::from(u8::MAX)).map_while(|value| Signal::try_from(value).ok());
     usual
-        .or_else(|| all.into_iter().find(|candidate| number(*candidate) == Some(signal)))
+        .or_else(|| {
+            all.into_iter()
+                .find(|candidate| number(*candidate) == Some(signal))
+        })
         .unwrap_or(Signal::RuntimeDefault)
 }
 
 /// Parses a signal as images write it: `SIGTERM`, `term`, `15`, `SIGRTMIN+3`, `RTMAX-1`.
 pub fn parse(text: &str) -> Option<i32> {
     if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return text.parse().ok().filter(|signal| (1..=RTMAX).contains(signal));
+        return text
+            .parse()
+            .ok()
+            .filter(|signal| (1..=RTMAX).contains(signal));
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -106,14 +112,20 @@ pub fn parse(text: &str) -> Option<i32> {
     if let Some(offset) = name.strip_prefix("RTMAX-") {
         return real_time(RTMAX, offset, -1);
     }
-    NUMBERS.iter().find(|(known, _)| *known == name).map(|(_, number)| *number)
+    NUMBERS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, number)| *number)
 }
 
 fn real_time(base: i32, offset: &str, sign: i32) -> Option<i32> {
     if !offset.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    let offset: i32 = offset.parse().ok().filter(|offset| *offset <= RTMAX - RTMIN)?;
+    let offset: i32 = offset
+        .parse()
+        .ok()
+        .filter(|offset| *offset <= RTMAX - RTMIN)?;
     Some(base + sign * offset)
 }
 
@@ -142,8 +154,18 @@ mod tests {
     #[test]
     fn junk_is_no_signal_and_falls_back_to_term() {
         for junk in [
-            "", "0", "65", "-9", "SIGSIGTERM", "SIGRTMIN+31", "RTMIN+", "RTMIN+-1", "SIGRTMAX-99",
-            "99999999999", "TERM\n", "१५",
+            "",
+            "0",
+            "65",
+            "-9",
+            "SIGSIGTERM",
+            "SIGRTMIN+31",
+            "RTMIN+",
+            "RTMIN+-1",
+            "SIGRTMAX-99",
+            "99999999999",
+            "TERM\n",
+            "१५",
         ] {
             assert_eq!(parse(junk), None, "{junk:?}");
             assert_eq!(stop_signal(Signal::RuntimeDefault, junk), 15, "{junk:?}");

@@ -21,7 +21,12 @@ pub fn validate(
     host_network: bool,
     host_ipc: bool,
 ) -> Result<PathBuf, Error> {
-    let field = || format!("linux.sysctls[{}]", name.chars().take(120).collect::<String>());
+    let field = || {
+        format!(
+            "linux.sysctls[{}]",
+            name.chars().take(120).collect::<String>()
+        )
+    };
     let invalid = |reason: &str| Error::invalid(field(), reason);
 
     let path = canonical(name).ok_or_else(|| invalid("is not the name of a kernel parameter"))?;
@@ -42,7 +47,9 @@ pub fn validate(
     // punctuation has no use in a value, and `+` or `=` once led to a second setting.
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b" \t._,:/-".contains(&byte);
     if !value.bytes().all(plain) {
-        return Err(invalid("has a value with characters that no kernel parameter needs"));
+        return Err(invalid(
+            "has a value with characters that no kernel parameter needs",
+        ));
     }
     Ok(PathBuf::from(path))
 }
@@ -57,7 +64,8 @@ enum Scope {
 fn namespace(path: &str) -> Option<Scope> {
     let ipc = ["kernel/shm", "kernel/msg"].iter().any(|prefix| {
         // kernel/shmmax and its like, no deeper.
-        path.strip_prefix(prefix).is_some_and(|rest| !rest.contains('/'))
+        path.strip_prefix(prefix)
+            .is_some_and(|rest| !rest.contains('/'))
     });
     if ipc || path == "kernel/sem" || path.starts_with("fs/mqueue/") {
         Some(Scope::Ipc)
@@ -103,8 +111,14 @@ mod tests {
             ("fs.mqueue.msg_max", "fs/mqueue/msg_max"),
             ("net.ipv4.ip_forward", "net/ipv4/ip_forward"),
             ("net/ipv4/ip_forward", "net/ipv4/ip_forward"),
-            ("net/ipv4/conf/eth0.1/forwarding", "net/ipv4/conf/eth0.1/forwarding"),
-            ("net.ipv4.conf.eth0/1.forwarding", "net/ipv4/conf/eth0.1/forwarding"),
+            (
+                "net/ipv4/conf/eth0.1/forwarding",
+                "net/ipv4/conf/eth0.1/forwarding",
+            ),
+            (
+                "net.ipv4.conf.eth0/1.forwarding",
+                "net/ipv4/conf/eth0.1/forwarding",
+            ),
         ] {
             assert_eq!(path(name).unwrap(), expected);
         }
@@ -113,9 +127,23 @@ mod tests {
     #[test]
     fn others_are_refused() {
         for name in [
-            "", "kernel.core_pattern", "vm.swappiness", "fs.file-max", "kernel.semx", "network.x",
-            "kernel.shm/../core_pattern", "net.", "net", ".net.ipv4", "net..ipv4", "net/../kernel/x",
-            "net/./x", "net.ipv4\0", "net.ipv4 x", "/net/ipv4/ip_forward", "kernel.shm.x.y",
+            "",
+            "kernel.core_pattern",
+            "vm.swappiness",
+            "fs.file-max",
+            "kernel.semx",
+            "network.x",
+            "kernel.shm/../core_pattern",
+            "net.",
+            "net",
+            ".net.ipv4",
+            "net..ipv4",
+            "net/../kernel/x",
+            "net/./x",
+            "net.ipv4\0",
+            "net.ipv4 x",
+            "/net/ipv4/ip_forward",
+            "kernel.shm.x.y",
             "net.ipv4.x\n",
         ] {
             assert!(path(name).is_err(), "{name:?}");
@@ -125,12 +153,32 @@ mod tests {
     #[test]
     fn a_value_is_one_setting() {
         for value in [
-            "1+kernel.core_pattern=|/bin/evil", "1\nx", "1=2", "a;b", "$(x)", "1\0", "é",
+            "1+kernel.core_pattern=|/bin/evil",
+            "1\nx",
+            "1=2",
+            "a;b",
+            "$(x)",
+            "1\0",
+            "é",
         ] {
-            assert!(validate("kernel.shm_rmid_forced", value, false, false).is_err(), "{value:?}");
+            assert!(
+                validate("kernel.shm_rmid_forced", value, false, false).is_err(),
+                "{value:?}"
+            );
         }
-        for value in ["", "0", "4096 87380\t6291456", "32768-60999", "0,1:2", "fq_codel", "-1"] {
-            assert!(validate("net.ipv4.tcp_rmem", value, false, false).is_ok(), "{value:?}");
+        for value in [
+            "",
+            "0",
+            "4096 87380\t6291456",
+            "32768-60999",
+            "0,1:2",
+            "fq_codel",
+            "-1",
+        ] {
+            assert!(
+                validate("net.ipv4.tcp_rmem", value, false, false).is_ok(),
+                "{value:?}"
+            );
         }
         assert!(validate("net.x", &"1".repeat(5000), false, false).is_err());
     }

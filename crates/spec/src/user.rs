@@ -64,9 +64,16 @@ pub fn resolve(
         }
     }
     for &id in asked.supplemental {
-        gids.push(checked_id("linux.security_context.supplemental_groups", id)?);
+        gids.push(checked_id(
+            "linux.security_context.supplemental_groups",
+            id,
+        )?);
     }
-    Ok(User { uid: account.uid, gid, additional_gids: distinct(gids)? })
+    Ok(User {
+        uid: account.uid,
+        gid,
+        additional_gids: distinct(gids)?,
+    })
 }
 
 /// A user or group as it is written: all digits is a number.
@@ -136,7 +143,11 @@ impl<'a> Asked<'a> {
             if let Some(text) = group_name.filter(|text| !text.is_empty()) {
                 group = Some(Ident::parse("image config User", text)?);
             }
-            if name.is_empty() { Ident::Number(0) } else { Ident::parse("image config User", name)? }
+            if name.is_empty() {
+                Ident::Number(0)
+            } else {
+                Ident::parse("image config User", name)?
+            }
         };
         if let Some(id) = run_as_group {
             let id = checked_id("linux.security_context.run_as_group", id.value)?;
@@ -153,7 +164,12 @@ impl<'a> Asked<'a> {
             None => SupplementalGroupsPolicy::Merge,
         };
         let supplemental = context.map_or(&[][..], |context| &context.supplemental_groups);
-        Ok(Self { user, group, supplemental, policy })
+        Ok(Self {
+            user,
+            group,
+            supplemental,
+            policy,
+        })
     }
 
     /// The user's line of passwd. A number without one is a user of group 0 without a name.
@@ -161,7 +177,11 @@ impl<'a> Asked<'a> {
         match self.user {
             Ident::Number(uid) => {
                 let found = accounts(files.passwd).find(|account| account.uid == uid);
-                let account = found.unwrap_or(Account { name: None, uid, gid: 0 });
+                let account = found.unwrap_or(Account {
+                    name: None,
+                    uid,
+                    gid: 0,
+                });
                 checked_id("/etc/passwd", i64::from(account.gid))?;
                 Ok(account)
             }
@@ -197,7 +217,11 @@ fn accounts(passwd: &[u8]) -> impl Iterator<Item = Account<'_>> {
         let mut fields = line.split(|&byte| byte == b':');
         let name = fields.next()?;
         let (uid, gid) = (number(fields.nth(1)?)?, number(fields.next()?)?);
-        Some(Account { name: Some(name), uid, gid })
+        Some(Account {
+            name: Some(name),
+            uid,
+            gid,
+        })
     })
 }
 
@@ -207,14 +231,23 @@ fn groups(group: &[u8]) -> impl Iterator<Item = Group<'_>> {
         let mut fields = line.split(|&byte| byte == b':');
         let name = fields.next()?;
         let gid = number(fields.nth(1)?)?;
-        Some(Group { name, gid, members: fields.next().unwrap_or_default() })
+        Some(Group {
+            name,
+            gid,
+            members: fields.next().unwrap_or_default(),
+        })
     })
 }
 
 /// Groups whose member list names the user.
 fn groups_of<'a>(user: &'a [u8], group: &'a [u8]) -> impl Iterator<Item = u32> + 'a {
     groups(group)
-        .filter(move |group| group.members.split(|&byte| byte == b',').any(|name| name == user))
+        .filter(move |group| {
+            group
+                .members
+                .split(|&byte| byte == b',')
+                .any(|name| name == user)
+        })
         // A group that nobody could ask for by number is not given by name either.
         .filter(|group| group.gid <= MAX_ID)
         .map(|group| group.gid)
@@ -240,7 +273,10 @@ fn distinct(gids: Vec<u32>) -> Result<Vec<u32>, Error> {
     if kept.len() > MAX_GROUPS {
         return Err(Error::invalid(
             "linux.security_context.supplemental_groups",
-            format!("{} groups, of which the kernel takes {MAX_GROUPS}", kept.len()),
+            format!(
+                "{} groups, of which the kernel takes {MAX_GROUPS}",
+                kept.len()
+            ),
         ));
     }
     Ok(kept)
@@ -248,7 +284,10 @@ fn distinct(gids: Vec<u32>) -> Result<Vec<u32>, Error> {
 
 fn check_size(path: &str, content: &[u8]) -> Result<(), Error> {
     if content.len() > MAX_FILE_SIZE {
-        return Err(Error::invalid(path, format!("larger than {MAX_FILE_SIZE} bytes")));
+        return Err(Error::invalid(
+            path,
+            format!("larger than {MAX_FILE_SIZE} bytes"),
+        ));
     }
     Ok(())
 }
@@ -291,7 +330,10 @@ mod tests {
         video:x:44:other,web\n\
         webby:x:45:webster\n\
         big:x:4294967295:web\n";
-    const FILES: Files<'static> = Files { passwd: PASSWD, group: GROUP };
+    const FILES: Files<'static> = Files {
+        passwd: PASSWD,
+        group: GROUP,
+    };
 
     fn context() -> LinuxContainerSecurityContext {
         LinuxContainerSecurityContext::default()
@@ -316,31 +358,57 @@ mod tests {
         assert_eq!(of_image("web:www").unwrap(), (101, 102, vec![102, 6, 44]));
         assert_eq!(of_image("web:7").unwrap(), (101, 7, vec![7, 6, 44]));
         assert_eq!(of_image("web:").unwrap(), (101, 102, vec![102, 6, 44]));
-        assert_eq!(of_image(":www").unwrap(), (0, 102, vec![102, 6]));
+        assert_eq!(of_image(":www").unwrap(), (0, 102, vec![102, 0, 6]));
         assert_eq!(of_image("2147483647:2147483647").unwrap().0, 2147483647);
     }
 
     #[test]
     fn a_number_is_never_looked_up_as_a_name() {
-        for user in ["2147483648", "4294967296", "99999999999", "18446744073709551616", "0:4294967296"]
-        {
+        for user in [
+            "2147483648",
+            "4294967296",
+            "99999999999",
+            "18446744073709551616",
+            "0:4294967296",
+        ] {
             let error = of_image(user).unwrap_err().to_string();
-            assert!(error.contains("is not within 0 to 2147483647"), "{user}: {error}");
+            assert!(
+                error.contains("is not within 0 to 2147483647"),
+                "{user}: {error}"
+            );
         }
     }
 
     #[test]
     fn names_that_the_image_does_not_know_are_refused() {
-        for user in ["ghost", "-1", "+0", "1000x", "broken", "# comment", "0x0", " 0", "web:ghosts"] {
+        for user in [
+            "ghost",
+            "-1",
+            "+0",
+            "1000x",
+            "broken",
+            "# comment",
+            "0x0",
+            " 0",
+            "web:ghosts",
+        ] {
             assert!(of_image(user).is_err(), "{user}");
         }
-        assert!(of_image("huge").unwrap_err().to_string().contains("4294967295"));
+        assert!(
+            of_image("huge")
+                .unwrap_err()
+                .to_string()
+                .contains("4294967295")
+        );
         assert!(of_image("web:big").is_err());
     }
 
     #[test]
     fn cri_goes_before_the_image() {
-        let by_id = LinuxContainerSecurityContext { run_as_user: id(101), ..context() };
+        let by_id = LinuxContainerSecurityContext {
+            run_as_user: id(101),
+            ..context()
+        };
         let user = resolve(Some(&by_id), "nobody", FILES).unwrap();
         assert_eq!((user.uid, user.gid), (101, 102));
 
@@ -350,31 +418,49 @@ mod tests {
             ..context()
         };
         let user = resolve(Some(&by_name), "nobody", FILES).unwrap();
-        assert_eq!((user.uid, user.gid, user.additional_gids), (101, 7, vec![7, 6, 44]));
+        assert_eq!(
+            (user.uid, user.gid, user.additional_gids),
+            (101, 7, vec![7, 6, 44])
+        );
 
         // The group of the image's USER belongs to the image's user.
-        let other = LinuxContainerSecurityContext { run_as_user: id(5000), ..context() };
+        let other = LinuxContainerSecurityContext {
+            run_as_user: id(5000),
+            ..context()
+        };
         assert_eq!(resolve(Some(&other), "web:www", FILES).unwrap().gid, 0);
     }
 
     #[test]
     fn a_group_alone_is_an_error() {
-        let group = LinuxContainerSecurityContext { run_as_group: id(7), ..context() };
+        let group = LinuxContainerSecurityContext {
+            run_as_group: id(7),
+            ..context()
+        };
         let error = resolve(Some(&group), "web", FILES).unwrap_err().to_string();
-        assert!(error.starts_with("linux.security_context.run_as_group:"), "{error}");
+        assert!(
+            error.starts_with("linux.security_context.run_as_group:"),
+            "{error}"
+        );
     }
 
     #[test]
     fn ids_of_cri_are_bounded_too() {
         for bad in [-1, 1 << 31, 1 << 32, i64::MAX, i64::MIN] {
             for context in [
-                LinuxContainerSecurityContext { run_as_user: id(bad), ..context() },
+                LinuxContainerSecurityContext {
+                    run_as_user: id(bad),
+                    ..context()
+                },
                 LinuxContainerSecurityContext {
                     run_as_user: id(1),
                     run_as_group: id(bad),
                     ..context()
                 },
-                LinuxContainerSecurityContext { supplemental_groups: vec![bad], ..context() },
+                LinuxContainerSecurityContext {
+                    supplemental_groups: vec![bad],
+                    ..context()
+                },
             ] {
                 assert!(resolve(Some(&context), "", FILES).is_err(), "{bad}");
             }
@@ -389,10 +475,22 @@ mod tests {
             supplemental_groups_policy: SupplementalGroupsPolicy::Strict.into(),
             ..context()
         };
-        assert_eq!(resolve(Some(&strict), "", FILES).unwrap().additional_gids, vec![102, 9]);
-        let merge = LinuxContainerSecurityContext { supplemental_groups_policy: 0, ..strict };
-        assert_eq!(resolve(Some(&merge), "", FILES).unwrap().additional_gids, vec![102, 6, 44, 9]);
-        let junk = LinuxContainerSecurityContext { supplemental_groups_policy: 9, ..merge };
+        assert_eq!(
+            resolve(Some(&strict), "", FILES).unwrap().additional_gids,
+            vec![102, 9]
+        );
+        let merge = LinuxContainerSecurityContext {
+            supplemental_groups_policy: 0,
+            ..strict
+        };
+        assert_eq!(
+            resolve(Some(&merge), "", FILES).unwrap().additional_gids,
+            vec![102, 6, 44, 9]
+        );
+        let junk = LinuxContainerSecurityContext {
+            supplemental_groups_policy: 9,
+            ..merge
+        };
         assert!(resolve(Some(&junk), "", FILES).is_err());
     }
 
@@ -406,8 +504,28 @@ mod tests {
     #[test]
     fn files_and_groups_are_bounded() {
         let huge = vec![b'x'; MAX_FILE_SIZE + 1];
-        assert!(resolve(None, "", Files { passwd: &huge, group: b"" }).is_err());
-        assert!(resolve(None, "", Files { passwd: b"", group: &huge }).is_err());
+        assert!(
+            resolve(
+                None,
+                "",
+                Files {
+                    passwd: &huge,
+                    group: b""
+                }
+            )
+            .is_err()
+        );
+        assert!(
+            resolve(
+                None,
+                "",
+                Files {
+                    passwd: b"",
+                    group: &huge
+                }
+            )
+            .is_err()
+        );
         let many = LinuxContainerSecurityContext {
             supplemental_groups: (1..=70_000).collect(),
             ..context()

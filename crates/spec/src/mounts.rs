@@ -1,0 +1,269 @@
+//! What a container sees mounted.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use gantry_cri_api::v1::{IdMapping, Mount as Asked, MountPropagation};
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Mount};
+
+use crate::Error;
+use crate::container::{Draft, Input};
+use crate::path;
+use crate::resolved::{HostMount, Namespace};
+
+/// Step: the file systems that every container has (runtime-spec config-linux.md, Default
+/// Filesystems). They are mounted in this order, each below one before it.
+pub(crate) fn defaults(input: &Input<'_>, draft: &mut Draft) -> Result<(), Error> {
+    let access = if input.privileged() { "rw" } else { "ro" };
+    let namespaces = &input.resolved.namespaces;
+    draft.mounts = vec![
+        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        mount(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            // Group 5 is tty in every distribution.
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        ),
+        mount(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ),
+        if namespaces.user != Namespace::Host && namespaces.network == Namespace::Host {
+            // sysfs shows the network namespace, which this user namespace does not own: a fresh
+            // mount is forbidden.
+            mount(
+                "/sys",
+                "bind",
+                "/sys",
+                &["rbind", "nosuid", "noexec", "nodev", access],
+            )
+        } else {
+            mount(
+                "/sys",
+                "sysfs",
+                "sysfs",
+                &["nosuid", "noexec", "nodev", access],
+            )
+        },
+        mount(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", access],
+        ),
+    ];
+    if input.resolved.files.shm.is_none() {
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+        draft
+            .mounts
+            .push(mount("/dev/shm", "tmpfs", "shm", &options));
+    }
+    Ok(())
+}
+
+/// Step: files of the pod, volumes of the image and mounts of the request, shallow ones first so
+/// that none hides another; those of equal depth in the request's order.
+pub(crate) fn requested(input: &Input<'_>, draft: &mut Draft) -> Result<(), Error> {
+    let asked = asked_mounts(input, draft)?;
+    let taken: HashSet<PathBuf> = asked.iter().map(|it| it.destination().clone()).collect();
+
+    // A default gives way to a request for its place, and all below /dev to one for /dev.
+    let all_of_dev = taken.contains(Path::new("/dev"));
+    draft.mounts.retain(|default| {
+        let place = default.destination();
+        !taken.contains(place) && !(all_of_dev && place.starts_with("/dev"))
+    });
+
+    let mut list: Vec<Mount> = pod_files(input)
+        .into_iter()
+        .chain(volumes(input)?)
+        .filter(|offered| !taken.contains(offered.destination()))
+        .collect();
+    list.extend(asked);
+    list.sort_by_key(|mount| mount.destination().components().count());
+    draft.mounts.extend(list);
+    Ok(())
+}
+
+/// /etc/hosts and its like, read-only where the root is: they are part of it to the eye.
+fn pod_files(input: &Input<'_>) -> Vec<Mount> {
+    let files = &input.resolved.files;
+    let access = if input.security.readonly_rootfs {
+        "ro"
+    } else {
+        "rw"
+    };
+    let file = |place: &str, source: &Option<PathBuf>, access: &str| {
+        source
+            .as_ref()
+            .map(|source| bind(place.into(), source, &["rbind", "rprivate", access]))
+    };
+    [
+        file("/etc/hosts", &files.hosts, access),
+        file("/etc/hostname", &files.hostname, access),
+        file("/etc/resolv.conf", &files.resolv_conf, access),
+        file("/dev/shm", &files.shm, "rw"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn volumes(input: &Input<'_>) -> Result<Vec<Mount>, Error> {
+    let volume = |volume: &crate::resolved::Volume| {
+        let place = place("image config Volumes", &volume.destination)?;
+        Ok(bind(place, &volume.source, &["rbind", "rprivate", "rw"]))
+    };
+    input.resolved.volumes.iter().map(volume).collect()
+}
+
+fn asked_mounts(input: &Input<'_>, draft: &mut Draft) -> Result<Vec<Mount>, Error> {
+    let (asked, hosts) = (&input.config.mounts, &input.resolved.mounts);
+    if asked.len() != hosts.len() {
+        return Err(Error::Internal {
+            field: "resolved.mounts".into(),
+            reason: format!("{} sources for {} mounts", hosts.len(), asked.len()),
+        });
+    }
+    let pairs = asked.iter().zip(hosts);
+    pairs
+        .map(|(asked, host)| asked_mount(input, draft, asked, host))
+        .collect()
+}
+
+fn asked_mount(
+    input: &Input<'_>,
+    draft: &mut Draft,
+    asked: &Asked,
+    host: &HostMount,
+) -> Result<Mount, Error> {
+    let field = format!("mounts[{}]", asked.container_path);
+    let place = place(&field, Path::new(&asked.container_path))?;
+    if asked.image.is_some() && !asked.readonly {
+        return Err(Error::invalid(field, "an image volume is read-only"));
+    }
+    let propagation = propagation(&field, draft, asked, host)?;
+    let access = access(&field, input, asked)?;
+    let mut mount = bind(place, &host.source, &["rbind", propagation, access]);
+    if asked.uid_mappings.is_empty() != asked.gid_mappings.is_empty() {
+        return Err(Error::invalid(
+            field,
+            "uidMappings and gidMappings go together",
+        ));
+    }
+    if !asked.uid_mappings.is_empty() {
+        mount.set_uid_mappings(Some(id_mappings(&field, &asked.uid_mappings)?));
+        mount.set_gid_mappings(Some(id_mappings(&field, &asked.gid_mappings)?));
+    }
+    Ok(mount)
+}
+
+/// The option for propagation; also opens the root's, which bounds that of every mount below.
+fn propagation(
+    field: &str,
+    draft: &mut Draft,
+    asked: &Asked,
+    host: &HostMount,
+) -> Result<&'static str, Error> {
+    let wanted = MountPropagation::try_from(asked.propagation)
+        .map_err(|unknown| Error::invalid(field, unknown.to_string()))?;
+    let source = host.source.display();
+    match wanted {
+        MountPropagation::PropagationPrivate => Ok("rprivate"),
+        MountPropagation::PropagationHostToContainer => {
+            if !host.shared && !host.slave {
+                return Err(Error::precondition(
+                    field,
+                    format!("{source} is on a mount that is neither shared nor a slave"),
+                ));
+            }
+            // Shared already passes on what a slave would.
+            if draft.linux.rootfs_propagation().is_none() {
+                draft.linux.set_rootfs_propagation(Some("rslave".into()));
+            }
+            Ok("rslave")
+        }
+        MountPropagation::PropagationBidirectional => {
+            if !host.shared {
+                return Err(Error::precondition(
+                    field,
+                    format!("{source} is on a mount that is not shared"),
+                ));
+            }
+            draft.linux.set_rootfs_propagation(Some("rshared".into()));
+            Ok("rshared")
+        }
+    }
+}
+
+fn access(field: &str, input: &Input<'_>, asked: &Asked) -> Result<&'static str, Error> {
+    if !asked.recursive_read_only {
+        return Ok(if asked.readonly { "ro" } else { "rw" });
+    }
+    if !asked.readonly || asked.propagation() != MountPropagation::PropagationPrivate {
+        return Err(Error::invalid(
+            field,
+            "recursive_read_only needs readonly and private propagation",
+        ));
+    }
+    if !input.resolved.recursive_read_only {
+        return Err(Error::RroUnsupported {
+            field: field.into(),
+            reason: "the runtime handler cannot make recursive read-only mounts".into(),
+        });
+    }
+    Ok("rro")
+}
+
+/// A place for a mount: absolute, and not the root itself.
+fn place(field: &str, path: &Path) -> Result<PathBuf, Error> {
+    path::clean(path)
+        .filter(|place| place.parent().is_some())
+        .ok_or_else(|| Error::invalid(field, "is not an absolute path below the root"))
+}
+
+fn id_mappings(field: &str, mappings: &[IdMapping]) -> Result<Vec<LinuxIdMapping>, Error> {
+    let convert = |mapping: &IdMapping| {
+        LinuxIdMappingBuilder::default()
+            .host_id(mapping.host_id)
+            .container_id(mapping.container_id)
+            .size(mapping.length)
+            .build()
+            .map_err(|error| Error::invalid(field, error.to_string()))
+    };
+    mappings.iter().map(convert).collect()
+}
+
+fn bind(place: PathBuf, source: &Path, options: &[&str]) -> Mount {
+    let mut mount = Mount::default();
+    mount
+        .set_destination(place)
+        .set_typ(Some("bind".into()))
+        .set_source(Some(source.to_path_buf()))
+        .set_options(Some(
+            options.iter().map(|option| (*option).to_owned()).collect(),
+        ));
+    mount
+}
+
+fn mount(place: &str, kind: &str, source: &str, options: &[&str]) -> Mount {
+    let mut mount = bind(place.into(), Path::new(source), options);
+    mount.set_typ(Some(kind.into()));
+    mount
+}
