@@ -34,17 +34,18 @@ pub fn runtime_config(
 fn value(capability: &str, pod: &Attachment) -> Result<Option<Value>, Error> {
     Ok(match capability {
         "portMappings" => {
-            let mapped = pod.port_mappings.iter().filter(|mapping| mapping.host_port != 0);
+            let mapped = pod
+                .port_mappings
+                .iter()
+                .filter(|mapping| mapping.host_port != 0);
             let list: Vec<Value> = mapped.map(port_mapping).collect();
             (!list.is_empty()).then(|| list.into())
         }
         "bandwidth" => bandwidth(pod)?,
-        "dns" => pod.dns.as_ref().map(|dns| {
-            json!({"servers": dns.servers, "searches": dns.searches, "options": dns.options})
-        }),
-        "cgroupPath" => {
-            (!pod.cgroup_parent.is_empty()).then(|| pod.cgroup_parent.clone().into())
-        }
+        "dns" => pod.dns.as_ref().map(
+            |dns| json!({"servers": dns.servers, "searches": dns.searches, "options": dns.options}),
+        ),
+        "cgroupPath" => (!pod.cgroup_parent.is_empty()).then(|| pod.cgroup_parent.clone().into()),
         "io.kubernetes.cri.pod-annotations" => Some(json!(pod.annotations)),
         // Declared for other runtimes (ips, mac, aliases, ...): a pod says nothing of them.
         _ => None,
@@ -68,7 +69,9 @@ fn port_mapping(mapping: &PortMapping) -> Value {
 fn bandwidth(pod: &Attachment) -> Result<Option<Value>, Error> {
     let mut values = Map::new();
     for (annotation, direction) in [(INGRESS, "ingress"), (EGRESS, "egress")] {
-        let Some(text) = pod.annotations.get(annotation) else { continue };
+        let Some(text) = pod.annotations.get(annotation) else {
+            continue;
+        };
         let rate = quantity::parse(text).filter(|rate| BANDWIDTH.contains(rate));
         let rate = rate.ok_or_else(|| Error::Pod {
             field: format!("annotations[{annotation}]"),

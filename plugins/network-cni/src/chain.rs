@@ -31,13 +31,20 @@ pub struct Record {
 
 impl Record {
     pub fn intent(config: Network) -> Self {
-        Self { config, ifname: IFNAME.into(), result: None }
+        Self {
+            config,
+            ifname: IFNAME.into(),
+            result: None,
+        }
     }
 
     pub fn parse(raw: &[u8]) -> Result<Self, Error> {
         let record: Self =
             serde_json::from_slice(raw).map_err(|error| Error::Record(error.to_string()))?;
-        Ok(Self { config: record.config.checked().map_err(Error::Record)?, ..record })
+        Ok(Self {
+            config: record.config.checked().map_err(Error::Record)?,
+            ..record
+        })
     }
 
     pub fn encode(&self) -> Result<Vec<u8>, Error> {
@@ -58,7 +65,10 @@ impl Plugins {
     pub async fn add(&self, pod: &Attachment, record: Record) -> Result<Attached, Error> {
         let request = Request::new(pod, &record)?;
         if pod.netns.is_none() {
-            return Err(Error::Pod { field: "netns".into(), reason: "is missing".into() });
+            return Err(Error::Pod {
+                field: "netns".into(),
+                reason: "is missing".into(),
+            });
         }
         let added = self.add_chain(&request, &record).await;
         let (result, ips) = match added {
@@ -66,13 +76,18 @@ impl Plugins {
             Err(attach) => {
                 return Err(match self.delete_chain(&request, &record).await {
                     Ok(()) => attach,
-                    Err(detach) => {
-                        Error::Undo { attach: Box::new(attach), detach: Box::new(detach) }
-                    }
+                    Err(detach) => Error::Undo {
+                        attach: Box::new(attach),
+                        detach: Box::new(detach),
+                    },
                 });
             }
         };
-        let raw = Record { result: Some(result), ..record }.encode()?;
+        let raw = Record {
+            result: Some(result),
+            ..record
+        }
+        .encode()?;
         Ok(Attached { ips, raw })
     }
 
@@ -88,7 +103,9 @@ impl Plugins {
         for (plugin, values) in network.plugins.iter().zip(&request.runtime_configs) {
             last = plugin_type(plugin);
             let config = execution_config(network, plugin, Some(values), previous.as_ref());
-            let stdout = self.call(network, last, "ADD", &request.env, config).await?;
+            let stdout = self
+                .call(network, last, "ADD", &request.env, config)
+                .await?;
             let result = result::parse(&stdout, version);
             previous = Some(result.map_err(|reason| bad_result(network, last, reason))?);
         }
@@ -118,14 +135,16 @@ impl Plugins {
         let mut failure: Option<Error> = None;
         for (plugin, values) in network.plugins.iter().zip(&request.runtime_configs).rev() {
             let config = execution_config(network, plugin, Some(values), record.result.as_ref());
-            let deleted =
-                self.call(network, plugin_type(plugin), "DEL", &request.env, config).await;
+            let deleted = self
+                .call(network, plugin_type(plugin), "DEL", &request.env, config)
+                .await;
             if let Err(error) = deleted {
                 failure = Some(match failure {
                     None => error,
-                    Some(first) => {
-                        Error::Several { first: Box::new(first), rest: Box::new(error) }
-                    }
+                    Some(first) => Error::Several {
+                        first: Box::new(first),
+                        rest: Box::new(error),
+                    },
                 });
             }
         }
@@ -140,7 +159,8 @@ impl Plugins {
         }
         for plugin in &network.plugins {
             let config = execution_config(network, plugin, None, None);
-            self.call(network, plugin_type(plugin), "STATUS", &[], config).await?;
+            self.call(network, plugin_type(plugin), "STATUS", &[], config)
+                .await?;
         }
         Ok(())
     }
@@ -155,8 +175,13 @@ impl Plugins {
         let mut failure = None;
         for plugin in &network.plugins {
             let mut config = execution_config(network, plugin, None, None);
-            config.insert("cni.dev/valid-attachments".into(), attachments.clone().into());
-            let collected = self.call(network, plugin_type(plugin), "GC", &[], config).await;
+            config.insert(
+                "cni.dev/valid-attachments".into(),
+                attachments.clone().into(),
+            );
+            let collected = self
+                .call(network, plugin_type(plugin), "GC", &[], config)
+                .await;
             failure = failure.or(collected.err());
         }
         failure.map_or(Ok(()), Err)
@@ -182,7 +207,12 @@ impl Plugins {
 }
 
 fn bad_result(network: &Network, plugin: &str, reason: String) -> Error {
-    Error::Result { network: network.name.clone(), plugin: plugin.into(), command: "ADD", reason }
+    Error::Result {
+        network: network.name.clone(),
+        plugin: plugin.into(),
+        command: "ADD",
+        reason,
+    }
 }
 
 /// What is the same for every plugin of a chain, settled before the first one runs.
@@ -197,18 +227,25 @@ impl Request {
         let netns = pod.netns.clone().unwrap_or_default();
         if pod.netns.is_some() && !netns.is_absolute() {
             let reason = format!("{} is not absolute", netns.display());
-            return Err(Error::Pod { field: "netns".into(), reason });
+            return Err(Error::Pod {
+                field: "netns".into(),
+                reason,
+            });
         }
         let plugins = record.config.plugins.iter();
-        let runtime_configs =
-            plugins.map(|plugin| runtime_config(plugin, pod)).collect::<Result<_, _>>()?;
+        let runtime_configs = plugins
+            .map(|plugin| runtime_config(plugin, pod))
+            .collect::<Result<_, _>>()?;
         let env = vec![
             ("CNI_CONTAINERID", pod.pod.as_str().into()),
             ("CNI_NETNS", netns.into_os_string()),
             ("CNI_IFNAME", record.ifname.clone().into()),
             ("CNI_ARGS", args(pod)?.into()),
         ];
-        Ok(Self { env, runtime_configs })
+        Ok(Self {
+            env,
+            runtime_configs,
+        })
     }
 }
 
@@ -222,9 +259,15 @@ fn args(pod: &Attachment) -> Result<String, Error> {
         ("K8S_POD_INFRA_CONTAINER_ID", pod.pod.as_str()),
         ("K8S_POD_UID", pod.uid.as_str()),
     ] {
-        if value.chars().any(|c| c == ';' || c == '=' || c.is_control()) {
+        if value
+            .chars()
+            .any(|c| c == ';' || c == '=' || c.is_control())
+        {
             let reason = format!("{value:?} has a character that CNI_ARGS cannot carry");
-            return Err(Error::Pod { field: key.to_ascii_lowercase(), reason });
+            return Err(Error::Pod {
+                field: key.to_ascii_lowercase(),
+                reason,
+            });
         }
         text.push_str(&format!(";{key}={value}"));
     }

@@ -70,11 +70,16 @@ fn read(path: &Path) -> Result<Network, String> {
     }
     let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
     let mut text = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut text).map_err(|error| error.to_string())?;
+    file.take(MAX_FILE + 1)
+        .read_to_end(&mut text)
+        .map_err(|error| error.to_string())?;
     if text.len() as u64 > MAX_FILE {
         return Err(format!("is larger than {MAX_FILE} bytes"));
     }
-    if path.extension().is_some_and(|extension| extension == "conflist") {
+    if path
+        .extension()
+        .is_some_and(|extension| extension == "conflist")
+    {
         Network::from_list(&text)
     } else {
         Network::from_single(&text)
@@ -169,11 +174,18 @@ mod tests {
         write(dir, "10-broken.conflist", "{");
         std::fs::create_dir(dir.join("15-dir.conf")).unwrap();
         let error = load(dir).unwrap_err();
-        assert!(error.contains("10-broken.conflist") && error.contains("15-dir.conf"), "{error}");
+        assert!(
+            error.contains("10-broken.conflist") && error.contains("15-dir.conf"),
+            "{error}"
+        );
 
         write(dir, "30-c.conflist", &list_of("third"));
         assert_eq!(load(dir).unwrap().network.name, "third");
-        write(dir, "20-b.conf", r#"{"cniVersion":"0.4.0","name":"second","type":"ptp"}"#);
+        write(
+            dir,
+            "20-b.conf",
+            r#"{"cniVersion":"0.4.0","name":"second","type":"ptp"}"#,
+        );
         let loaded = load(dir).unwrap();
         assert_eq!(loaded.network.name, "second");
         assert_eq!(loaded.file, dir.join("20-b.conf"));
@@ -186,7 +198,10 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(load(temp.path()).unwrap_err().contains("is not a file"));
         std::fs::remove_file(&fifo).unwrap();
-        std::fs::File::create(&fifo).unwrap().set_len(MAX_FILE + 1).unwrap();
+        std::fs::File::create(&fifo)
+            .unwrap()
+            .set_len(MAX_FILE + 1)
+            .unwrap();
         assert!(load(temp.path()).unwrap_err().contains("larger than"));
     }
 }

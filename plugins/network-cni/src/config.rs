@@ -38,7 +38,13 @@ impl Network {
         let list: List = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         let version = choose_version(list.version.iter().chain(&list.versions))?;
         let name = list.name.ok_or("has no name")?;
-        Self { name, version, disable_gc: list.disable_gc, plugins: list.plugins }.checked()
+        Self {
+            name,
+            version,
+            disable_gc: list.disable_gc,
+            plugins: list.plugins,
+        }
+        .checked()
     }
 
     /// Parses the configuration of a single plugin (`.conf`, `.json`) as a chain of one.
@@ -48,7 +54,13 @@ impl Network {
         let string = |key: &str| plugin.get(key).and_then(Value::as_str).map(str::to_owned);
         let version = choose_version(string("cniVersion").iter())?;
         let name = string("name").ok_or("has no name")?;
-        Self { name, version, disable_gc: false, plugins: vec![plugin] }.checked()
+        Self {
+            name,
+            version,
+            disable_gc: false,
+            plugins: vec![plugin],
+        }
+        .checked()
     }
 
     /// The version; what we were given back is checked like what was read.
@@ -60,7 +72,10 @@ impl Network {
     pub fn checked(self) -> Result<Self, String> {
         self.version()?;
         if !is_name(&self.name) {
-            return Err(format!("name {:?} is not of letters, digits, `_`, `.`, `-`", self.name));
+            return Err(format!(
+                "name {:?} is not of letters, digits, `_`, `.`, `-`",
+                self.name
+            ));
         }
         if self.plugins.is_empty() {
             return Err("has no plugins".into());
@@ -78,13 +93,18 @@ impl Network {
 
 /// The name of the executable; empty when there is none.
 pub fn plugin_type(plugin: &Map<String, Value>) -> &str {
-    plugin.get("type").and_then(Value::as_str).unwrap_or_default()
+    plugin
+        .get("type")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
 }
 
 /// Network names and container ids (CNI spec: start alphanumeric, then also `_`, `.`, `-`).
 fn is_name(name: &str) -> bool {
     let byte = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
-    name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+    name.bytes()
+        .next()
+        .is_some_and(|first| first.is_ascii_alphanumeric())
         && name.bytes().all(byte)
 }
 
@@ -113,8 +133,10 @@ pub fn execution_config(
     let mut config = plugin.clone();
     // Ours to set; a file that holds them must not speak for us.
     config.retain(|key, _| {
-        !matches!(key.as_str(), "capabilities" | "runtimeConfig" | "prevResult" | "cniVersions")
-            && !key.starts_with("cni.dev/")
+        !matches!(
+            key.as_str(),
+            "capabilities" | "runtimeConfig" | "prevResult" | "cniVersions"
+        ) && !key.starts_with("cni.dev/")
     });
     config.insert("name".into(), network.name.clone().into());
     config.insert("cniVersion".into(), network.version.clone().into());
@@ -143,7 +165,10 @@ mod tests {
             "name": "pods", "disableGC": true, "plugins": [{"type": "bridge"}],
         }))
         .unwrap();
-        assert_eq!((network.name.as_str(), network.version.as_str()), ("pods", "1.1.0"));
+        assert_eq!(
+            (network.name.as_str(), network.version.as_str()),
+            ("pods", "1.1.0")
+        );
         assert!(network.disable_gc);
         // What is recorded reads back as the same.
         let text = serde_json::to_vec(&network).unwrap();
@@ -153,17 +178,38 @@ mod tests {
     #[test]
     fn bad_lists_say_what_is_wrong() {
         for (value, what) in [
-            (json!({"cniVersion": "1.0.0", "plugins": [{"type": "a"}]}), "name"),
-            (json!({"cniVersion": "1.0.0", "name": "a/b", "plugins": [{"type": "a"}]}), "name"),
-            (json!({"cniVersion": "1.0.0", "name": "n", "plugins": []}), "no plugins"),
-            (json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{}]}), "type"),
+            (
+                json!({"cniVersion": "1.0.0", "plugins": [{"type": "a"}]}),
+                "name",
+            ),
+            (
+                json!({"cniVersion": "1.0.0", "name": "a/b", "plugins": [{"type": "a"}]}),
+                "name",
+            ),
+            (
+                json!({"cniVersion": "1.0.0", "name": "n", "plugins": []}),
+                "no plugins",
+            ),
+            (
+                json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{}]}),
+                "type",
+            ),
             (
                 json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "../../bin/sh"}]}),
                 "type",
             ),
-            (json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": ".."}]}), "type"),
-            (json!({"cniVersion": "0.2.0", "name": "n", "plugins": [{"type": "a"}]}), "0.2.0"),
-            (json!({"name": "n", "plugins": [{"type": "a"}]}), "cniVersion"),
+            (
+                json!({"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": ".."}]}),
+                "type",
+            ),
+            (
+                json!({"cniVersion": "0.2.0", "name": "n", "plugins": [{"type": "a"}]}),
+                "0.2.0",
+            ),
+            (
+                json!({"name": "n", "plugins": [{"type": "a"}]}),
+                "cniVersion",
+            ),
             (json!([]), "invalid"),
         ] {
             let error = list(value.clone()).unwrap_err();

@@ -17,11 +17,25 @@ pub enum Error {
     #[error("network record: {0}")]
     Record(String),
     #[error("network {network}: plugin {plugin} is in none of {dirs:?}")]
-    NotInstalled { network: String, plugin: String, dirs: Vec<PathBuf> },
+    NotInstalled {
+        network: String,
+        plugin: String,
+        dirs: Vec<PathBuf>,
+    },
     #[error("network {network}: plugin {plugin}: {command}: {source}")]
-    Exec { network: String, plugin: String, command: &'static str, source: std::io::Error },
+    Exec {
+        network: String,
+        plugin: String,
+        command: &'static str,
+        source: std::io::Error,
+    },
     #[error("network {network}: plugin {plugin}: {command} did not end within {limit:?}: killed")]
-    Hung { network: String, plugin: String, command: &'static str, limit: Duration },
+    Hung {
+        network: String,
+        plugin: String,
+        command: &'static str,
+        limit: Duration,
+    },
     /// The plugin's own words; `code` is that of its error object (CNI spec, Error).
     #[error("network {network}: plugin {plugin}: {command} failed: {message}")]
     Failed {
@@ -33,10 +47,18 @@ pub enum Error {
     },
     /// It reported success with something that is no result.
     #[error("network {network}: plugin {plugin}: {command}: bad result: {reason}")]
-    Result { network: String, plugin: String, command: &'static str, reason: String },
+    Result {
+        network: String,
+        plugin: String,
+        command: &'static str,
+        reason: String,
+    },
     /// An attach that failed, and whose undoing failed too.
     #[error("{attach}; giving back what it took failed too: {detach}")]
-    Undo { attach: Box<Error>, detach: Box<Error> },
+    Undo {
+        attach: Box<Error>,
+        detach: Box<Error>,
+    },
     /// Several plugins of a chain failed on the way back.
     #[error("{first}; {rest}")]
     Several { first: Box<Error>, rest: Box<Error> },
@@ -54,9 +76,9 @@ impl Kind for Error {
             Self::Pod { .. } => ErrorKind::InvalidArgument,
             Self::NotInstalled { .. } => ErrorKind::FailedPrecondition,
             Self::Hung { .. } => ErrorKind::DeadlineExceeded,
-            Self::Failed { code: Some(code), .. } if TRY_AGAIN.contains(code) => {
-                ErrorKind::Unavailable
-            }
+            Self::Failed {
+                code: Some(code), ..
+            } if TRY_AGAIN.contains(code) => ErrorKind::Unavailable,
             Self::Exec { source, .. } => Kind::kind(source),
             Self::Undo { attach: first, .. } | Self::Several { first, .. } => first.kind(),
             Self::Record(_) | Self::Failed { .. } | Self::Result { .. } | Self::Start(_) => {

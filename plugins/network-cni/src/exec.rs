@@ -81,7 +81,9 @@ pub async fn run(bin_dirs: &[PathBuf], limit: Duration, call: Call<'_>) -> Resul
     let mut child = spawn(&path, bin_dirs, &call).await?;
     // From here on every way out kills the group, until the child has ended in good order.
     let mut group = Group::of(&child);
-    let Some(pid) = group.leader else { return Err(call.io(std::io::ErrorKind::NotFound.into())) };
+    let Some(pid) = group.leader else {
+        return Err(call.io(std::io::ErrorKind::NotFound.into()));
+    };
 
     let (mut stdout, mut stderr) = (Capped::new(MAX_STDOUT), Capped::new(MAX_STDERR));
     {
@@ -135,15 +137,21 @@ pub async fn run(bin_dirs: &[PathBuf], limit: Duration, call: Call<'_>) -> Resul
 /// The executable in the first directory that has it.
 fn find(bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<PathBuf, Error> {
     let candidates = bin_dirs.iter().map(|dir| dir.join(call.plugin));
-    candidates.into_iter().find(|path| path.is_file()).ok_or_else(|| Error::NotInstalled {
-        network: call.network.into(),
-        plugin: call.plugin.into(),
-        dirs: bin_dirs.to_vec(),
-    })
+    candidates
+        .into_iter()
+        .find(|path| path.is_file())
+        .ok_or_else(|| Error::NotInstalled {
+            network: call.network.into(),
+            plugin: call.plugin.into(),
+            dirs: bin_dirs.to_vec(),
+        })
 }
 
 async fn spawn(path: &Path, bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<Child, Error> {
-    let dirs: Vec<&[u8]> = bin_dirs.iter().map(|dir| dir.as_os_str().as_bytes()).collect();
+    let dirs: Vec<&[u8]> = bin_dirs
+        .iter()
+        .map(|dir| dir.as_os_str().as_bytes())
+        .collect();
     let mut command = Command::new(path);
     command
         .env_clear()
@@ -177,7 +185,9 @@ struct Group {
 impl Group {
     fn of(child: &Child) -> Self {
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-        Self { leader: pid.map(Pid::from_raw) }
+        Self {
+            leader: pid.map(Pid::from_raw),
+        }
     }
 
     fn kill(&self) {
@@ -222,7 +232,11 @@ struct Capped {
 
 impl Capped {
     fn new(limit: usize) -> Self {
-        Self { kept: Vec::new(), limit, overflowed: false }
+        Self {
+            kept: Vec::new(),
+            limit,
+            overflowed: false,
+        }
     }
 }
 
@@ -261,7 +275,9 @@ fn explain(
         return (failure.code, shorten(&message));
     }
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-    let said = [text(stderr), text(stdout)].into_iter().find(|text| !text.is_empty());
+    let said = [text(stderr), text(stdout)]
+        .into_iter()
+        .find(|text| !text.is_empty());
     let said = said.unwrap_or_else(|| "it said nothing".into());
     (None, format!("{status}: {}", shorten(&said)))
 }

@@ -94,7 +94,10 @@ impl Cni {
         let runtime = tokio::runtime::Handle::try_current()
             .map_err(|error| Error::Start(error.to_string()))?;
         let shared = Arc::new(Shared {
-            plugins: Plugins { bin_dirs: options.bin_dirs.clone(), limit: options.timeout },
+            plugins: Plugins {
+                bin_dirs: options.bin_dirs.clone(),
+                limit: options.timeout,
+            },
             state: RwLock::new(State {
                 loaded: conf_dir::load(&options.conf_dir).map(Arc::new),
                 status: Err("the network's plugins have not been asked yet".into()),
@@ -150,7 +153,8 @@ impl Shared {
     }
 
     fn network(&self) -> Result<Arc<Loaded>, Error> {
-        self.read(|state| state.loaded.clone()).map_err(Error::NoNetwork)
+        self.read(|state| state.loaded.clone())
+            .map_err(Error::NoNetwork)
     }
 
     /// Asks the plugins for their status: at once when the configuration changed, then now and
@@ -182,7 +186,10 @@ impl Shared {
 }
 
 fn has_status(loaded: &Loaded) -> bool {
-    loaded.network.version().is_ok_and(|version| version >= Version::V1_1)
+    loaded
+        .network
+        .version()
+        .is_ok_and(|version| version >= Version::V1_1)
 }
 
 #[async_trait]
@@ -193,7 +200,10 @@ impl Network for Cni {
             Ok(loaded) if has_status(loaded) => state.status.clone(),
             Ok(_) => Ok(()),
         });
-        verdict.map_err(|message| NotReady { reason: REASON.into(), message })
+        verdict.map_err(|message| NotReady {
+            reason: REASON.into(),
+            message,
+        })
     }
 
     fn describe(&self) -> serde_json::Value {
@@ -245,11 +255,17 @@ impl Network for Cni {
         if raw.is_empty() {
             return Ok(());
         }
-        Ok(self.shared.plugins.delete(pod, &Record::parse(raw)?).await?)
+        Ok(self
+            .shared
+            .plugins
+            .delete(pod, &Record::parse(raw)?)
+            .await?)
     }
 
     async fn gc(&self, valid: &[PodId]) -> Result<(), gantry_ports::Error> {
-        let Ok(loaded) = self.shared.network() else { return Ok(()) };
+        let Ok(loaded) = self.shared.network() else {
+            return Ok(());
+        };
         Ok(self.shared.plugins.collect(&loaded.network, valid).await?)
     }
 

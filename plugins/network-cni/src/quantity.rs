@@ -4,7 +4,9 @@
 /// or exceeds the type.
 pub fn parse(text: &str) -> Option<u64> {
     let text = text.strip_prefix('+').unwrap_or(text);
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let split = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, suffix) = text.split_at(split);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if whole.is_empty() && fraction.is_empty() || fraction.contains('.') {
@@ -12,8 +14,14 @@ pub fn parse(text: &str) -> Option<u64> {
     }
     let digits: u128 = format!("{whole}{fraction}").parse().ok()?;
     let scale = scale(suffix)?;
-    let divisor = 10u128.checked_pow(fraction.len().try_into().ok()?)?.checked_mul(scale.1)?;
-    digits.checked_mul(scale.0)?.div_ceil(divisor).try_into().ok()
+    let divisor = 10u128
+        .checked_pow(fraction.len().try_into().ok()?)?
+        .checked_mul(scale.1)?;
+    digits
+        .checked_mul(scale.0)?
+        .div_ceil(divisor)
+        .try_into()
+        .ok()
 }
 
 /// What the suffix multiplies by and divides by.
@@ -65,8 +73,19 @@ mod tests {
         ] {
             assert_eq!(parse(text), Some(value), "{text}");
         }
-        for junk in ["", ".", "-1", "1.2.3", "10 M", "10Mb", "ten", "1e", "99999999E", "1e99999", "1K"]
-        {
+        for junk in [
+            "",
+            ".",
+            "-1",
+            "1.2.3",
+            "10 M",
+            "10Mb",
+            "ten",
+            "1e",
+            "99999999E",
+            "1e99999",
+            "1K",
+        ] {
             assert_eq!(parse(junk), None, "{junk}");
         }
     }

@@ -19,7 +19,11 @@ pub fn parse(stdout: &[u8], version: Version) -> Result<Value, String> {
     }
     result.insert("cniVersion".into(), version.to_string().into());
     let addresses = result.get_mut("ips").and_then(Value::as_array_mut);
-    for address in addresses.into_iter().flatten().filter_map(Value::as_object_mut) {
+    for address in addresses
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_object_mut)
+    {
         convert_address(address, version);
     }
     Ok(Value::Object(result))
@@ -31,7 +35,11 @@ fn convert_address(address: &mut Map<String, Value>, version: Version) {
         address.remove("version");
     } else if !address.contains_key("version") {
         let text = address.get("address").and_then(Value::as_str);
-        let family = if text.is_some_and(|text| text.contains(':')) { "6" } else { "4" };
+        let family = if text.is_some_and(|text| text.contains(':')) {
+            "6"
+        } else {
+            "4"
+        };
         address.insert("version".into(), family.into());
     }
 }
@@ -77,7 +85,9 @@ pub fn addresses(result: &Value, ifname: &str) -> Result<Vec<IpAddr>, String> {
             }
         }
         let text = address.address.split('/').next().unwrap_or_default();
-        let ip = text.parse().map_err(|_| format!("{:?} is no address", address.address))?;
+        let ip = text
+            .parse()
+            .map_err(|_| format!("{:?} is no address", address.address))?;
         found.push(ip);
     }
     Ok(found)
