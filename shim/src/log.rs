@@ -1,0 +1,347 @@
+//! The CRI log file: one record per line of output,
+//! `2006-01-02T15:04:05.000000000Z stdout F text`, where `P` instead of `F` marks a piece whose
+//! line goes on, or an unterminated last one (kubernetes, CRI container log format).
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use gantry_sys::memory::PageBuffer;
+
+use crate::clock::STAMP;
+use crate::error::Error;
+
+/// Longest piece of a line in one record; more is split, as every reader of such logs expects.
+pub const MAX_LINE: usize = 16 << 10;
+
+/// Space for records before they are written.
+pub const BATCH: usize = 128 << 10;
+
+/// Which stream a record is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Stdout,
+    Stderr,
+}
+
+/// Bytes of a record besides its text: stamp, ` stdout F `, newline.
+const OVERHEAD: usize = STAMP + 10 + 1;
+
+impl Kind {
+    fn tag(self, full: bool) -> &'static [u8; 10] {
+        match (self, full) {
+            (Kind::Stdout, true) => b" stdout F ",
+            (Kind::Stdout, false) => b" stdout P ",
+            (Kind::Stderr, true) => b" stderr F ",
+            (Kind::Stderr, false) => b" stderr P ",
+        }
+    }
+}
+
+const O_NOFOLLOW: i32 = gantry_sys::fs::OFlags::NOFOLLOW.bits() as i32;
+
+#[derive(Debug)]
+pub struct LogFile {
+    path: PathBuf,
+    file: File,
+    /// Records that could not be written.
+    pub dropped: u64,
+    /// The last write failed, which was reported.
+    failing: bool,
+}
+
+impl LogFile {
+    /// Opens, or creates with mode 0640 and missing directories.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = open(path).map_err(Error::io("open log file", path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            dropped: 0,
+            failing: false,
+        })
+    }
+
+    /// Goes on in a new file of the same name; keeps the old one if that cannot be opened.
+    pub fn reopen(&mut self) -> Result<(), Error> {
+        self.file = open(&self.path).map_err(Error::io("reopen log file", &self.path))?;
+        Ok(())
+    }
+
+    /// Writes whole records. What does not fit on the disk is dropped and counted, cut back to
+    /// the last whole record: a container never waits for a full disk.
+    fn write(&mut self, batch: &[u8]) {
+        let mut written = 0;
+        while written < batch.len() {
+            match gantry_sys::io::write(&self.file, &batch[written..]) {
+                Ok(count) if count > 0 => written += count,
+                result => {
+                    let error = result
+                        .err()
+                        .unwrap_or_else(|| io::ErrorKind::WriteZero.into());
+                    self.drop_rest(batch, written, error);
+                    return;
+                }
+            }
+        }
+        self.failing = false;
+    }
+
+    fn drop_rest(&mut self, batch: &[u8], written: usize, error: io::Error) {
+        let whole = memchr::memrchr(b'\n', &batch[..written]).map_or(0, |at| at + 1);
+        if whole < written {
+            // Only we append to this file, so its end is the piece just written.
+            let cut = self.file.metadata().and_then(|meta| {
+                self.file
+                    .set_len(meta.size().saturating_sub((written - whole) as u64))
+            });
+            if let Err(error) = cut {
+                crate::report!("cut log file {}: {error}", self.path.display());
+            }
+        }
+        let lost = memchr::memchr_iter(b'\n', &batch[whole..]).count() as u64;
+        self.dropped += lost;
+        if !self.failing {
+            self.failing = true;
+            crate::report!("write log file {}: {error}; dropping", self.path.display());
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    // A link in place of the log would lead root's appends to any file of the host.
+    options
+        .append(true)
+        .create(true)
+        .mode(0o640)
+        .custom_flags(O_NOFOLLOW);
+    match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent() {
+                std::fs::create_dir_all(parent)?;
+            }
+            options.open(path)
+        }
+        result => result,
+    }
+}
+
+/// Collects records and writes them in batches. The buffer belongs to the shim and serves one
+/// stream after the other.
+pub struct Writer<'a> {
+    log: &'a mut LogFile,
+    buffer: &'a mut PageBuffer,
+    used: usize,
+    stamp: &'a [u8; STAMP],
+    kind: Kind,
+}
+
+impl<'a> Writer<'a> {
+    pub fn new(
+        log: &'a mut LogFile,
+        buffer: &'a mut PageBuffer,
+        stamp: &'a [u8; STAMP],
+        kind: Kind,
+    ) -> Self {
+        Self {
+            log,
+            buffer,
+            used: 0,
+            stamp,
+            kind,
+        }
+    }
+
+    /// Adds one record whose text is `head` and then `tail`, together at most [`MAX_LINE`].
+    fn record(&mut self, full: bool, head: &[u8], tail: &[u8]) {
+        let len = OVERHEAD + head.len() + tail.len();
+        if self.buffer.len() - self.used < len {
+            self.flush();
+        }
+        let mut space = &mut self.buffer[self.used..self.used + len];
+        for part in [&self.stamp[..], self.kind.tag(full), head, tail, b"\n"] {
+            let (here, after) = space.split_at_mut(part.len());
+            here.copy_from_slice(part);
+            space = after;
+        }
+        self.used += len;
+    }
+
+    fn flush(&mut self) {
+        self.log.write(&self.buffer[..self.used]);
+        self.used = 0;
+    }
+
+    /// Makes records of what a stream gave. What is left of an unfinished line stays in
+    /// `partial`, at most [`MAX_LINE`] bytes.
+    pub fn lines(&mut self, partial: &mut Vec<u8>, bytes: &[u8]) {
+        let mut rest = bytes;
+        if !partial.is_empty() {
+            // One byte more than fits: a line of exactly MAX_LINE bytes is not split.
+            let room = MAX_LINE - partial.len();
+            let window = &rest[..rest.len().min(room + 1)];
+            match memchr::memchr(b'\n', window) {
+                Some(end) => {
+                    self.record(true, partial, &rest[..end]);
+                    rest = &rest[end + 1..];
+                }
+                None if rest.len() > room => {
+                    self.record(false, partial, &rest[..room]);
+                    rest = &rest[room..];
+                }
+                None => {
+                    partial.extend_from_slice(rest);
+                    return;
+                }
+            }
+            *partial = Vec::new();
+        }
+        while !rest.is_empty() {
+            let window = &rest[..rest.len().min(MAX_LINE + 1)];
+            match memchr::memchr(b'\n', window) {
+                Some(end) => {
+                    self.record(true, &[], &rest[..end]);
+                    rest = &rest[end + 1..];
+                }
+                None if rest.len() > MAX_LINE => {
+                    self.record(false, &[], &rest[..MAX_LINE]);
+                    rest = &rest[MAX_LINE..];
+                }
+                None => {
+                    *partial = rest.to_vec();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The stream has ended: an unterminated line is a partial record.
+    pub fn end(&mut self, partial: &mut Vec<u8>) {
+        let partial = std::mem::take(partial);
+        if !partial.is_empty() {
+            self.record(false, &partial, &[]);
+        }
+    }
+}
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        if self.used > 0 {
+            self.flush();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// The records, as (tag, text), that these pieces of output make.
+    fn records(pieces: &[&[u8]]) -> Vec<(char, Vec<u8>)> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/0.log");
+        let mut log = LogFile::open(&path).unwrap();
+        let mut buffer = PageBuffer::new(BATCH).unwrap();
+        let mut clock = Clock::new();
+        let mut partial = Vec::new();
+        for piece in pieces {
+            let stamp = clock.format(0);
+            let mut writer = Writer::new(&mut log, &mut buffer, stamp, Kind::Stderr);
+            writer.lines(&mut partial, piece);
+        }
+        Writer::new(&mut log, &mut buffer, clock.format(0), Kind::Stderr).end(&mut partial);
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o640);
+        let text = std::fs::read(&path).unwrap();
+        text.split_inclusive(|&b| b == b'\n')
+            .map(|line| {
+                let head = b"1970-01-01T00:00:00.000000000Z stderr ";
+                assert!(line.starts_with(head) && line.ends_with(b"\n"));
+                let rest = &line[head.len()..line.len() - 1];
+                assert_eq!(rest[1], b' ');
+                (rest[0] as char, rest[2..].to_vec())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn lines_become_records_however_they_arrive() {
+        let expected = vec![
+            ('F', b"one".to_vec()),
+            ('F', b"".to_vec()),
+            ('F', b"two\r".to_vec()),
+            ('P', b"rest".to_vec()),
+        ];
+        let bytes = b"one\n\ntwo\r\nrest";
+        for size in 1..=bytes.len() {
+            let pieces: Vec<&[u8]> = bytes.chunks(size).collect();
+            assert_eq!(records(&pieces), expected, "pieces of {size}");
+        }
+        assert!(records(&[]).is_empty());
+    }
+
+    #[test]
+    fn long_lines_are_split_at_16_kib_and_only_longer_ones() {
+        let exact = [vec![b'x'; MAX_LINE], b"\n".to_vec()].concat();
+        let longer = [vec![b'y'; MAX_LINE + 1], b"\n".to_vec()].concat();
+        let bytes = [exact, longer].concat();
+        let expected = vec![
+            ('F', vec![b'x'; MAX_LINE]),
+            ('P', vec![b'y'; MAX_LINE]),
+            ('F', vec![b'y']),
+        ];
+        for size in [
+            1,
+            1000,
+            MAX_LINE - 1,
+            MAX_LINE,
+            MAX_LINE + 1,
+            MAX_LINE + 2,
+            65536,
+        ] {
+            let pieces: Vec<&[u8]> = bytes.chunks(size).collect();
+            assert_eq!(records(&pieces), expected, "pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn many_short_lines_outgrow_one_batch() {
+        let bytes = b"\n".repeat(10_000);
+        assert_eq!(records(&[&bytes]).len(), 10_000);
+    }
+
+    #[test]
+    fn a_full_disk_drops_and_counts_whole_records() {
+        let path = Path::new("/dev/full");
+        let Ok(file) = File::options().write(true).open(path) else {
+            println!("SKIP a_full_disk_drops_and_counts_whole_records: no /dev/full");
+            return;
+        };
+        let mut log = LogFile {
+            path: path.into(),
+            file,
+            dropped: 0,
+            failing: false,
+        };
+        let mut buffer = PageBuffer::new(BATCH).unwrap();
+        let mut clock = Clock::new();
+        let mut partial = Vec::new();
+        Writer::new(&mut log, &mut buffer, clock.format(0), Kind::Stdout)
+            .lines(&mut partial, b"a\nb\nc\n");
+        assert_eq!(log.dropped, 3);
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("target");
+        std::fs::write(&target, "").unwrap();
+        let link = dir.path().join("0.log");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let error = LogFile::open(&link).unwrap_err().to_string();
+        assert!(error.contains("0.log"), "{error}");
+    }
+}
