@@ -87,7 +87,7 @@ pub(crate) fn requested(input: &Input<'_>, draft: &mut Draft) -> Result<(), Erro
     let all_of_dev = taken.contains(Path::new("/dev"));
     draft.mounts.retain(|default| {
         let place = default.destination();
-        !taken.contains(place) && !(all_of_dev && place.starts_with("/dev"))
+        !(taken.contains(place) || all_of_dev && place.starts_with("/dev"))
     });
 
     let mut list: Vec<Mount> = pod_files(input)

@@ -58,10 +58,8 @@ pub fn resolve(
     };
 
     let mut gids = vec![gid];
-    if asked.policy == SupplementalGroupsPolicy::Merge {
-        if let Some(name) = account.name {
-            gids.extend(groups_of(name, files.group));
-        }
+    if let (SupplementalGroupsPolicy::Merge, Some(name)) = (asked.policy, account.name) {
+        gids.extend(groups_of(name, files.group));
     }
     for &id in asked.supplemental {
         gids.push(checked_id(

@@ -12,10 +12,10 @@ use crate::version::Version;
 pub fn parse(stdout: &[u8], version: Version) -> Result<Value, String> {
     let mut result: Map<String, Value> =
         serde_json::from_slice(stdout).map_err(|error| error.to_string())?;
-    if let Some(answered) = result.get("cniVersion").and_then(Value::as_str) {
-        if !Version::parse(answered).is_some_and(Version::supported) {
-            return Err(format!("cniVersion {answered:?} is not one we know"));
-        }
+    let answered = result.get("cniVersion").and_then(Value::as_str);
+    if let Some(unknown) = answered.filter(|it| !Version::parse(it).is_some_and(Version::supported))
+    {
+        return Err(format!("cniVersion {unknown:?} is not one we know"));
     }
     result.insert("cniVersion".into(), version.to_string().into());
     let addresses = result.get_mut("ips").and_then(Value::as_array_mut);
