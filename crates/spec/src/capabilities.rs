@@ -60,6 +60,17 @@ pub fn up_to(last: u32) -> Capabilities {
     BY_NUMBER.into_iter().take(count).collect()
 }
 
+/// The capabilities of a mask as the kernel prints it (`CapBnd` of `/proc/self/status`). What we
+/// do not hold ourselves we cannot give: the runtime would fail to start even a privileged
+/// container.
+pub fn from_mask(mask: u64) -> Capabilities {
+    let numbered = BY_NUMBER.into_iter().enumerate();
+    numbered
+        .filter(|(number, _)| mask >> number & 1 == 1)
+        .map(|(_, capability)| capability)
+        .collect()
+}
+
 /// What a container gets that asks for nothing: the set that images have been built against ever
 /// since Docker chose it.
 pub fn default_set() -> Capabilities {
@@ -204,5 +215,14 @@ mod tests {
         assert!(!up_to(37).contains(&Capability::Bpf));
         assert_eq!(up_to(99).len(), 41);
         assert_eq!(up_to(40).len(), 41);
+    }
+
+    #[test]
+    fn a_mask_names_its_capabilities() {
+        assert_eq!(from_mask(0x1ff_ffff_ffff), up_to(40));
+        assert_eq!(from_mask(u64::MAX), up_to(40));
+        assert_eq!(from_mask(0xa804_25fb), default_set());
+        assert!(!from_mask(0x1ff_feff_ffff).contains(&Capability::SysResource));
+        assert!(from_mask(0).is_empty());
     }
 }

@@ -161,8 +161,9 @@ pub struct Device {
 pub struct KnownCapabilities {
     /// What a container gets that asks for nothing; see [`crate::capabilities::default_set`].
     pub default: Capabilities,
-    /// All that the kernel knows (`/proc/sys/kernel/cap_last_cap`); see
-    /// [`crate::capabilities::up_to`].
+    /// All that there are for us to give: those that we hold ourselves, see
+    /// [`crate::capabilities::from_mask`]. Usually that is what the kernel knows, but not where
+    /// we run in a container ourselves.
     pub all: Capabilities,
 }
 
