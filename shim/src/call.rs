@@ -93,7 +93,7 @@ impl Streams {
 }
 
 /// Executes the runtime in a process group of its own, so that a deadline can take its helpers
-/// along. The reaper of the loop waits for it.
+/// along. For [`crate::shim::Shim::spawn`], which sees to it that it is reaped.
 pub fn spawn(call: &Invocation, streams: Streams) -> Result<ProcessRef, Error> {
     let mut command = call.command();
     command
@@ -104,8 +104,9 @@ pub fn spawn(call: &Invocation, streams: Streams) -> Result<ProcessRef, Error> {
     // Containers decide about huge pages themselves, but the setting passes through execve; the
     // child has executed, or failed to, when spawn returns.
     let _ = gantry_sys::process::set_thp_disabled(false);
-    let result = command.spawn();
+    let result = gantry_sys::signal::with_none_blocked(|| command.spawn());
     let _ = gantry_sys::process::set_thp_disabled(true);
+    let result = result.and_then(|spawned| spawned);
     let child =
         result.map_err(|e| Error::Runtime(format!("execute {}: {e}", call.program.display())))?;
     let pid = child.id() as i32;

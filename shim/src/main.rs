@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use gantry_runtime::Runtime;
 use gantry_shim_api::{read_frame, v1, write_frame};
-use gantry_sys::{process, signal::Signals};
+use gantry_sys::{process, signal};
 
 mod call;
 mod cgroup;
@@ -93,7 +93,8 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
     let own = process::own_process().map_err(Error::call("read own start time"))?;
     gantry_sys::oom::set_oom_score_adj(own.pid, bootstrap.oom_score_adj)
         .map_err(Error::call("set OOM score"))?;
-    let signals = Signals::block().map_err(Error::call("block signals"))?;
+    signal::survive_signals().map_err(Error::call("handle signals"))?;
+    let children = signal::ChildSignal::block().map_err(Error::call("block SIGCHLD"))?;
     let mut holder = Holder::start(&spec)?;
     ready.shim = Some(own.into());
     ready.holder = Some(holder.process.into());
@@ -115,7 +116,7 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
         runtime,
         timeout_ms: wanted.timeout_ms,
         own,
-        signals,
+        children,
         listener,
         socket,
         holder,

@@ -14,7 +14,7 @@ use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::Ended;
 use gantry_types::ProcessRef;
 
-use crate::call::{self, Asker, Call, PendingExec, Purpose, Streams};
+use crate::call::{Asker, Call, PendingExec, Purpose, Streams};
 use crate::console::Console;
 use crate::container::{Container, Deletion, Exec, Phase, Process};
 use crate::error::Error;
@@ -215,7 +215,7 @@ impl Shim {
                 "the OCI runtime has no way to start a container".into(),
             ));
         };
-        let process = call::spawn(&first, streams)?;
+        let process = self.spawn(&first, streams)?;
         self.containers.insert(number, container);
         let purpose = Purpose::Start {
             container: number,
@@ -313,7 +313,7 @@ impl Shim {
                     None => return,
                 };
                 let log = self.runtime_log(&bundle);
-                match call::spawn(&with_log(call, &log), Streams::null()) {
+                match self.spawn(&with_log(call, &log), Streams::null()) {
                     Ok(process) => {
                         let purpose = Purpose::Start {
                             container: number,
@@ -384,7 +384,7 @@ impl Shim {
         };
         let (id, bundle) = (container.id().to_owned(), container.bundle());
         let log = self.runtime_log(&bundle);
-        match call::spawn(&self.runtime.delete(&id, true, &log), Streams::null()) {
+        match self.spawn(&self.runtime.delete(&id, true, &log), Streams::null()) {
             Ok(process) => {
                 self.add_call(
                     process,
@@ -469,7 +469,8 @@ impl Shim {
         container.deletion = Deletion::UnderWay;
         let (id, bundle) = (container.id().to_owned(), container.bundle());
         let log = self.runtime_log(&bundle);
-        match call::spawn(&self.runtime.delete(&id, force, &log), Streams::null()) {
+        let delete = self.runtime.delete(&id, force, &log);
+        match self.spawn(&delete, Streams::null()) {
             Ok(process) => {
                 self.add_call(
                     process,
@@ -490,6 +491,12 @@ impl Shim {
         };
         let Err(error) = result else {
             container.deletion = Deletion::Done;
+            if container.phase == Phase::Running
+                && let Some(pidfd) = container.process.as_ref().and_then(|p| p.pidfd.as_ref())
+            {
+                // The runtime has killed it, or says so; its end comes through the reaper.
+                let _ = pidfd.signal(SIGKILL);
+            }
             return self.forget(number);
         };
         container.deletion = Deletion::None;
@@ -574,7 +581,7 @@ impl Shim {
     }
 
     fn spawn_exec(
-        &self,
+        &mut self,
         id: &str,
         exec: &PendingExec,
         process_json: &[u8],
@@ -599,7 +606,8 @@ impl Shim {
             },
             _ => Streams::null(),
         };
-        call::spawn(&self.runtime.exec(&arguments), streams)
+        let call = self.runtime.exec(&arguments);
+        self.spawn(&call, streams)
     }
 
     fn exec_started(
@@ -678,7 +686,8 @@ impl Shim {
             stdin: Stdio::from(resources),
             ..Streams::null()
         };
-        let process = call::spawn(&self.runtime.update(&update.container_id, &log), streams)?;
+        let call = self.runtime.update(&update.container_id, &log);
+        let process = self.spawn(&call, streams)?;
         self.add_call(process, log, Purpose::Update { asker });
         Ok(())
     }

@@ -7,15 +7,15 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use gantry_runtime::Runtime;
+use gantry_runtime::{Invocation, Runtime};
 use gantry_shim_api::v1;
 use gantry_shim_api::v1::message::Body;
 use gantry_sys::epoll::{Epoll, EventFlags, Ready};
 use gantry_sys::process::{self, Ended};
-use gantry_sys::signal::Signals;
+use gantry_sys::signal::ChildSignal;
 use gantry_types::ProcessRef;
 
-use crate::call::{Asker, Call, Purpose};
+use crate::call::{self, Asker, Call, Purpose, Streams};
 use crate::conn::Conn;
 use crate::container::{Container, Death, Deletion, Phase};
 use crate::error::Error;
@@ -38,13 +38,12 @@ const IDLE: Duration = Duration::from_secs(1);
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 
-const SIGCHLD: i32 = 17;
 const SIGKILL: i32 = 9;
 
 /// What an epoll token means: the kind in the upper half, a number in the lower.
 mod token {
     pub const LISTENER: u64 = 0;
-    pub const SIGNALS: u64 = 1 << 32;
+    pub const CHILDREN: u64 = 1 << 32;
     pub const CONN: u64 = 2 << 32;
     pub const STDOUT: u64 = 3 << 32;
     pub const STDERR: u64 = 4 << 32;
@@ -59,7 +58,7 @@ pub struct Setup {
     /// 0 means the default.
     pub timeout_ms: u32,
     pub own: ProcessRef,
-    pub signals: Signals,
+    pub children: ChildSignal,
     pub listener: UnixListener,
     pub socket: PathBuf,
     pub holder: Holder,
@@ -82,7 +81,9 @@ pub struct Shim {
     /// Who asked for the end, and when patience with containers ends.
     pub shutdown: Option<(Asker, Instant)>,
     epoll: Epoll,
-    signals: Signals,
+    children: ChildSignal,
+    /// The runtime was executed since children were last reaped.
+    spawned: bool,
     listener: UnixListener,
     socket: PathBuf,
     parked: Vec<Death>,
@@ -97,7 +98,7 @@ impl Shim {
             let epoll = Epoll::new()?;
             setup.listener.set_nonblocking(true)?;
             epoll.add(&setup.listener, token::LISTENER, EventFlags::IN)?;
-            epoll.add(&setup.signals, token::SIGNALS, EventFlags::IN)?;
+            epoll.add(&setup.children, token::CHILDREN, EventFlags::IN)?;
             Ok((epoll, Buffers::new()?))
         };
         let (epoll, buffers) = match prepare() {
@@ -126,7 +127,8 @@ impl Shim {
             buffers,
             shutdown: None,
             epoll,
-            signals: setup.signals,
+            children: setup.children,
+            spawned: false,
             listener: setup.listener,
             socket: setup.socket,
             parked: Vec::new(),
@@ -165,6 +167,9 @@ impl Shim {
             for event in &ready {
                 self.handle(event);
             }
+            while std::mem::take(&mut self.spawned) {
+                self.reap();
+            }
             self.expire();
             if let Some((asker, until)) = self.shutdown
                 && (self.containers.is_empty() && self.calls.is_empty() || Instant::now() >= until)
@@ -200,7 +205,7 @@ impl Shim {
         let number = event.token as u32;
         match event.token & token::KIND {
             token::LISTENER => self.accept(),
-            token::SIGNALS => self.read_signals(),
+            token::CHILDREN => self.children_ended(),
             token::CONN => self.serve(number, event.flags),
             token::STDOUT => self.output(number, Kind::Stdout),
             token::STDERR => self.output(number, Kind::Stderr),
@@ -413,19 +418,10 @@ impl Shim {
         }
     }
 
-    fn read_signals(&mut self) {
-        loop {
-            match self.signals.next() {
-                // The rest is read so that it does not stay pending: a shim ends by Shutdown
-                // alone, whoever asks otherwise.
-                Ok(Some(SIGCHLD)) => self.reap(),
-                Ok(Some(_)) => {}
-                Ok(None) => return,
-                Err(e) => {
-                    crate::report!("read signals: {e}");
-                    return;
-                }
-            }
+    fn children_ended(&mut self) {
+        match self.children.take() {
+            Ok(_) => self.reap(),
+            Err(e) => crate::report!("read signals: {e}"),
         }
     }
 
@@ -661,6 +657,13 @@ impl Shim {
             let _ = gantry_sys::io::writable_within(fd, IDLE);
             let _ = conn.flush();
         }
+    }
+
+    /// Executes the runtime; the reaper sees it end.
+    pub fn spawn(&mut self, call: &Invocation, streams: Streams) -> Result<ProcessRef, Error> {
+        // A spawn may swallow the signal of another child.
+        self.spawned = true;
+        call::spawn(call, streams)
     }
 
     pub fn add_call(&mut self, process: ProcessRef, log: PathBuf, purpose: Purpose) {

@@ -9,6 +9,7 @@ pub mod caps;
 pub mod clone;
 pub mod epoll;
 pub mod fs;
+pub mod io;
 pub mod memory;
 pub mod mount;
 pub mod namespace;

@@ -80,8 +80,12 @@ pub struct Ranges {
 
 impl Ranges {
     /// Reads `/proc/self/maps`. More ranges than there is room for are left out: they only cost
-    /// memory.
+    /// memory. Refused (`Unsupported`) to a process with more than one thread, whose other
+    /// threads would lose their memory too.
     pub fn own() -> io::Result<Self> {
+        if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let maps = std::fs::read_to_string("/proc/self/maps")?;
         let mut found = Self::default();
         let mut count = 0;
@@ -199,8 +203,16 @@ mod tests {
     }
 
     #[test]
-    fn own_memory_is_found() {
-        let ranges = Ranges::own().unwrap();
-        assert!(ranges.ranges[0].1 > 0);
+    fn a_process_with_threads_may_not_drop_their_memory() {
+        // The test harness itself has more than one thread.
+        std::thread::scope(|scope| {
+            let (sender, receiver) = std::sync::mpsc::channel::<()>();
+            scope.spawn(move || receiver.recv());
+            assert_eq!(
+                Ranges::own().unwrap_err().kind(),
+                io::ErrorKind::Unsupported
+            );
+            drop(sender);
+        });
     }
 }

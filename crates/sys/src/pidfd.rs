@@ -80,7 +80,7 @@ impl PidFd {
 
     /// Waits at most `timeout` for the process to end, without reaping it.
     pub fn wait_ended(&self, timeout: std::time::Duration) -> io::Result<bool> {
-        crate::epoll::readable_within(self.0.as_fd(), timeout)
+        crate::io::readable_within(self.0.as_fd(), timeout)
     }
 }
 

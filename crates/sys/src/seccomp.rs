@@ -7,11 +7,13 @@ const AUDIT_ARCH: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const AUDIT_ARCH: u32 = 0xc000_00b7;
 
-/// What a process may still do that was told to wait for ever: read the word that lets it go,
-/// close what it holds, give memory back, sleep, end.
+/// What a process may still do that was told to wait for ever: say and hear one more word on the
+/// descriptors that it has, close them, give memory back, sleep, end.
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_read,
+    libc::SYS_write,
     libc::SYS_close,
+    libc::SYS_close_range,
     libc::SYS_madvise,
     libc::SYS_munmap,
     libc::SYS_ppoll,

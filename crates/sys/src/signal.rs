@@ -3,47 +3,75 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signal::{
+    SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction, sigprocmask,
+};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-/// The blocked signals of this process, read one at a time.
+/// Ends of children, as a readable event.
 #[derive(Debug)]
-pub struct Signals(SignalFd);
+pub struct ChildSignal(SignalFd);
 
-impl Signals {
-    /// Blocks SIGCHLD and the signals that would end us (SIGTERM, SIGINT, SIGHUP, SIGQUIT,
-    /// SIGUSR1, SIGUSR2, SIGALRM) in the calling thread, and makes them readable. Blocked and not
-    /// ignored: an ignored signal stays ignored in what we execute, while `std::process::Command`
-    /// gives its child an empty mask.
+impl ChildSignal {
+    /// Blocks SIGCHLD in the calling thread and makes it readable.
     pub fn block() -> io::Result<Self> {
         let mut set = SigSet::empty();
-        for signal in [
-            Signal::SIGCHLD,
-            Signal::SIGTERM,
-            Signal::SIGINT,
-            Signal::SIGHUP,
-            Signal::SIGQUIT,
-            Signal::SIGUSR1,
-            Signal::SIGUSR2,
-            Signal::SIGALRM,
-        ] {
-            set.add(signal);
-        }
+        set.add(Signal::SIGCHLD);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         Ok(Self(SignalFd::with_flags(&set, flags)?))
     }
 
-    /// The number of the next pending signal, `None` when there is none.
-    pub fn next(&self) -> io::Result<Option<i32>> {
-        Ok(self.0.read_signal()?.map(|info| info.ssi_signo as i32))
+    /// Whether children may have ended since the last call.
+    pub fn take(&self) -> io::Result<bool> {
+        Ok(self.0.read_signal()?.is_some())
     }
 }
 
-impl AsFd for Signals {
+impl AsFd for ChildSignal {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Runs `work`, such as a spawn, with no signal blocked: a child inherits the mask, and what it
+/// executes may never think of unblocking. A SIGCHLD that comes meanwhile is lost to
+/// [`ChildSignal`]; reap afterwards.
+pub fn with_none_blocked<T>(work: impl FnOnce() -> T) -> io::Result<T> {
+    let mut old = SigSet::empty();
+    sigprocmask(
+        SigmaskHow::SIG_SETMASK,
+        Some(&SigSet::empty()),
+        Some(&mut old),
+    )?;
+    let result = work();
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
+    Ok(result)
+}
+
+extern "C" fn nothing(_signal: libc::c_int) {}
+
+/// Makes the signals that would end the calling process do nothing. By a handler, which execve(2)
+/// takes away, and not by SIG_IGN, which would be handed on to every container.
+pub fn survive_signals() -> io::Result<()> {
+    let action = SigAction::new(
+        SigHandler::Handler(nothing),
+        SaFlags::SA_RESTART,
+        SigSet::empty(),
+    );
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+        Signal::SIGALRM,
+    ] {
+        // SAFETY: the handler does nothing, which is safe in any signal context.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Ok(())
 }
 
 /// Blocks every signal that can be blocked, for a process that only SIGKILL shall end.

@@ -1,0 +1,227 @@
+//! Processes run in a running container.
+
+use std::io::{Read, Write};
+use std::path::Path;
+
+use gantry_shim_api::v1::{self, message, request};
+use gantry_sys::process::{alive, process_ref};
+
+use crate::common::{Pod, eventually, memory_mount, pod, runtimes, skip};
+
+const RUNC: &str = "/usr/sbin/runc";
+
+fn kill_exec(pod: &mut Pod, exec: &str) {
+    let body = v1::KillExec {
+        container_id: "c1".into(),
+        exec_id: exec.into(),
+    };
+    let answer = pod.daemon.ask(request::Body::KillExec(body));
+    assert!(matches!(answer, Ok(message::Body::Done(_))), "{answer:?}");
+}
+
+fn text(mut from: std::fs::File) -> String {
+    let mut text = String::new();
+    from.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn an_exec_talks_through_the_callers_descriptors() {
+    if skip("an_exec_talks_through_the_callers_descriptors") {
+        return;
+    }
+    for runtime in runtimes() {
+        let mut pod = pod(&runtime);
+        pod.run("c1", "sleep 600");
+        let fds = pod.fd_count();
+        let mut exec = pod
+            .exec("c1", "e1", "read x; echo got $x; echo bad >&2; exit 9")
+            .unwrap();
+        assert!(alive(exec.process.into()));
+        let again = pod.exec("c1", "e1", "true").err().unwrap();
+        assert_eq!(again.kind(), v1::ErrorKind::AlreadyExists);
+        exec.stdin.write_all(b"hello\n").unwrap();
+        assert_eq!(text(exec.stdout), "got hello\n");
+        assert_eq!(text(exec.stderr), "bad\n");
+        assert_eq!(pod.daemon.exec_exited("e1"), 9);
+        assert_eq!(pod.fd_count(), fds);
+        let bundle = pod.dir.path().join("c1");
+        let left: Vec<_> = std::fs::read_dir(bundle)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| !["rootfs", "config.json", "pid"].contains(&name.as_str()))
+            .collect();
+        assert_eq!(left, Vec::<String>::new());
+        pod.shutdown();
+        assert_eq!(pod.leftovers(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn an_exec_that_cannot_start_says_why() {
+    if skip("an_exec_that_cannot_start_says_why") {
+        return;
+    }
+    for runtime in runtimes() {
+        let mut pod = pod(&runtime);
+        pod.run("c1", "sleep 600");
+        let body = match pod.exec_body("c1", "e1", "", false) {
+            request::Body::Exec(mut exec) => {
+                exec.process_json = String::from_utf8(exec.process_json)
+                    .unwrap()
+                    .replace("/bin/sh", "/bin/no-such-command")
+                    .into_bytes();
+                request::Body::Exec(exec)
+            }
+            other => other,
+        };
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let fd = std::os::fd::AsFd::as_fd(&null);
+        let error = pod
+            .daemon
+            .ask_with(body.clone(), &[fd, fd, fd])
+            .unwrap_err();
+        assert_eq!(error.kind(), v1::ErrorKind::Runtime);
+        assert!(
+            error.message.contains("no-such-command"),
+            "{}",
+            error.message
+        );
+        let error = pod.daemon.ask(body).unwrap_err();
+        assert_eq!(
+            error.kind(),
+            v1::ErrorKind::InvalidArgument,
+            "without descriptors"
+        );
+        let error = pod.exec("c2", "e1", "true").err().unwrap();
+        assert_eq!(error.kind(), v1::ErrorKind::NotFound);
+        pod.signal("c1", 9, false).unwrap();
+        pod.daemon.exited("c1");
+        let error = pod.exec("c1", "e1", "true").err().unwrap();
+        assert_eq!(error.kind(), v1::ErrorKind::FailedPrecondition);
+        pod.shutdown();
+    }
+}
+
+#[test]
+fn a_killed_exec_takes_its_tree_along_and_nobody_else() {
+    if skip("a_killed_exec_takes_its_tree_along_and_nobody_else") {
+        return;
+    }
+    for with_cgroup in [true, false] {
+        let mut pod = pod(Path::new(RUNC));
+        let mut bundle = pod.bundle("c1", "sleep 600");
+        let cgroup = memory_mount().join(&pod.name).join("c1");
+        if with_cgroup {
+            bundle.start.cgroup_dir = cgroup.to_str().unwrap().into();
+        }
+        let first = pod.start(&bundle).unwrap();
+        // Children: plain, in a session of its own, and one whose parent has ended.
+        let script = "sleep 601 & setsid sleep 602 & (sleep 603 &); echo up; wait";
+        let mut exec = pod.exec("c1", "e1", script).unwrap();
+        let bystander = pod.exec("c1", "e2", "sleep 604").unwrap();
+        let mut up = [0; 3];
+        exec.stdout.read_exact(&mut up).unwrap();
+        let others = || {
+            let text = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
+            let all = text
+                .lines()
+                .filter_map(|pid| process_ref(pid.parse().ok()?).ok());
+            all.filter(|p| ![first.pid, bystander.process.pid].contains(&p.pid))
+                .count()
+        };
+        assert_eq!(others(), 4);
+        kill_exec(&mut pod, "e1");
+        assert_eq!(pod.daemon.exec_exited("e1"), 137);
+        // Its output ends, as nobody holds it any more.
+        assert_eq!(text(exec.stdout), "");
+        eventually("the tree is gone", || others() == 0);
+        assert!(alive(first.into()) && alive(bystander.process.into()));
+        kill_exec(&mut pod, "e1");
+        kill_exec(&mut pod, "unknown");
+        pod.shutdown();
+        assert_eq!(pod.leftovers(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn what_an_ended_exec_left_behind_can_still_be_killed() {
+    if skip("what_an_ended_exec_left_behind_can_still_be_killed") {
+        return;
+    }
+    let mut pod = pod(Path::new(RUNC));
+    pod.run("c1", "sleep 600");
+    let exec = pod.exec("c1", "e1", "sleep 601 & exit 2").unwrap();
+    assert_eq!(pod.daemon.exec_exited("e1"), 2);
+    kill_exec(&mut pod, "e1");
+    assert_eq!(text(exec.stdout), "");
+    pod.shutdown();
+}
+
+#[test]
+fn an_execs_terminal_goes_to_the_daemon() {
+    if skip("an_execs_terminal_goes_to_the_daemon") {
+        return;
+    }
+    for runtime in runtimes() {
+        let mut pod = pod(&runtime);
+        pod.run("c1", "sleep 600");
+        let fds = pod.fd_count();
+        for n in 0..3 {
+            let exec_id = format!("e{n}");
+            let body = pod.exec_body("c1", &exec_id, "stty size; read x; echo got $x", true);
+            let (started, fds) = pod.daemon.ask_with(body, &[]).unwrap();
+            assert!(matches!(started, message::Body::Started(_)));
+            let [master] = <[_; 1]>::try_from(fds).unwrap();
+            assert!(gantry_sys::pty::is_terminal(&master));
+            let mut master = std::fs::File::from(master);
+            master.write_all(b"hello\n").unwrap();
+            let mut seen = Vec::new();
+            // EIO at the end.
+            let _ = master.read_to_end(&mut seen);
+            let seen = String::from_utf8(seen).unwrap();
+            assert!(seen.contains("got hello"), "{seen}");
+            assert_eq!(pod.daemon.exec_exited(&exec_id), 0);
+        }
+        assert_eq!(pod.fd_count(), fds);
+        assert_eq!(
+            std::fs::read_dir(pod.run_dir()).unwrap().count(),
+            2,
+            "shim.sock and ns"
+        );
+        pod.shutdown();
+    }
+}
+
+#[test]
+fn a_hundred_execs_leave_no_descriptor_and_no_memory() {
+    if skip("a_hundred_execs_leave_no_descriptor_and_no_memory") {
+        return;
+    }
+    let mut pod = pod(Path::new(RUNC));
+    pod.run("c1", "sleep 600");
+    let anonymous = |pod: &Pod| -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", pod.shim.pid)).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("RssAnon"))
+            .unwrap()
+            .to_owned();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let round = |pod: &mut Pod, from: u32, count: u32| {
+        for n in from..from + count {
+            let exec_id = format!("e{n}");
+            let exec = pod.exec("c1", &exec_id, "echo x").unwrap();
+            assert_eq!(text(exec.stdout), "x\n");
+            assert_eq!(pod.daemon.exec_exited(&exec_id), 0);
+        }
+    };
+    round(&mut pod, 0, 20);
+    let (fds, before) = (pod.fd_count(), anonymous(&pod));
+    round(&mut pod, 20, 80);
+    assert_eq!(pod.fd_count(), fds);
+    let after = anonymous(&pod);
+    assert!(after <= before + 64, "{before} KiB, then {after} KiB");
+    pod.shutdown();
+}
