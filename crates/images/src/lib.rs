@@ -1,1 +1,35 @@
 //! References, registry client, content store, pull pipeline, unpack, import and export.
+//!
+//! [`Images`] is the face of it. Around an image three things are kept: its blobs in the content
+//! store, an OCI image layout that describes itself; its layers, unpacked, with the snapshotter;
+//! and its record in the store, an index over the other two. A pull makes them in this order, so
+//! that no record is written over data that is not on disk. A removal deletes the record last: what
+//! it left half done when it was killed is still known, and is finished at the next start.
+
+mod catalog;
+mod collect;
+mod content;
+mod credentials;
+mod decompress;
+mod document;
+mod error;
+mod hash;
+mod image;
+mod index;
+mod install;
+mod lease;
+mod platform;
+mod pull;
+pub mod reference;
+pub mod registry;
+mod service;
+mod tar;
+pub mod unpack;
+
+pub use credentials::Credentials;
+pub use decompress::Expansion;
+pub use document::{ImageConfig, Platform};
+pub use error::{Error, Result};
+pub use image::Image;
+pub use platform::Accepted;
+pub use service::{FsInfo, ImageInUse, Images, LayersInUse, Options, PullRequest};

@@ -1,1 +1,5 @@
 //! Image builder, local registry, fakes, failpoints, leak check.
+
+pub mod image;
+pub mod image_busybox;
+pub mod registry;

@@ -2,12 +2,15 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use gantry_ports::Error;
 use gantry_types::{ContainerId, Digest};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 pub struct Layout {
     root: PathBuf,
@@ -136,11 +139,90 @@ fn empty(dir: &Path) -> Result<(), Error> {
     result
 }
 
+/// How deep a tree is walked before what is deeper is moved up. A container may have nested its
+/// directories a million deep: neither our stack nor our descriptors may follow it there.
+const DEPTH_MAX: u32 = 64;
+
 /// Deletes a tree without following links; absent is success.
 pub fn remove_tree(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
-        Ok(()) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(Error::io(format_args!("delete {}", path.display()), e)),
+    match try_remove_tree(path) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(Error::io(
+            format_args!("delete {}", path.display()),
+            e.into(),
+        )),
+    }
+}
+
+fn try_remove_tree(path: &Path) -> Result<(), Errno> {
+    let top = match open_directory(CWD, path) {
+        // Not a directory, or a link.
+        Err(Errno::NOTDIR | Errno::LOOP) => return rustix::fs::unlink(path),
+        other => other?,
+    };
+    let mut moved = 0;
+    loop {
+        let before = moved;
+        clear(&top, &top, 0, &mut moved)?;
+        if moved == before {
+            return rustix::fs::rmdir(path);
+        }
+    }
+}
+
+fn open_directory(dir: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(dir, name, flags, Mode::empty())
+}
+
+/// Empties `dir`; directories that are too deep end up in `top`, counted by `moved`.
+fn clear(top: &OwnedFd, dir: &OwnedFd, depth: u32, moved: &mut u64) -> Result<(), Errno> {
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        if entry.file_type() != FileType::Directory {
+            match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+                // A directory after all, on a file system that does not say so in readdir.
+                Err(Errno::ISDIR) => {}
+                other => {
+                    other?;
+                    continue;
+                }
+            }
+        }
+        if depth == DEPTH_MAX {
+            *moved += 1;
+            rustix::fs::renameat(dir, name, top, format!(".deep-{moved}"))?;
+            continue;
+        }
+        clear(top, &open_directory(dir, name)?, depth + 1, moved)?;
+        rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_deeper_than_any_stack_is_deleted() {
+        let work = tempfile::tempdir().unwrap();
+        let root = work.path().join("tree");
+        fs::create_dir(&root).unwrap();
+        std::os::unix::fs::symlink(work.path(), root.join("link")).unwrap();
+        let mut dir = open_directory(CWD, &root).unwrap();
+        for _ in 0..5000 {
+            rustix::fs::mkdirat(&dir, "d", Mode::from_raw_mode(0o700)).unwrap();
+            rustix::fs::mkdirat(&dir, "e", Mode::from_raw_mode(0o700)).unwrap();
+            dir = open_directory(&dir, "d").unwrap();
+        }
+        fs::write(work.path().join("outside"), "x").unwrap();
+        remove_tree(&root).unwrap();
+        assert!(!root.exists() && work.path().join("outside").exists());
+        remove_tree(&root).unwrap();
     }
 }

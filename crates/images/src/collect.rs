@@ -1,0 +1,106 @@
+//! Taking away what nothing refers to.
+
+use std::collections::HashSet;
+use std::time::SystemTime;
+
+use gantry_types::Digest;
+
+use crate::Result;
+use crate::image::Image;
+use crate::service::{Inner, LayersInUse};
+
+impl Inner {
+    /// Blobs and chain ids of all listed images.
+    fn referenced(&self) -> (HashSet<Digest>, HashSet<Digest>) {
+        let catalog = self.catalog();
+        let blobs = catalog
+            .images()
+            .flat_map(|image| image.blobs.iter().cloned())
+            .collect();
+        let chains = catalog
+            .images()
+            .flat_map(|image| image.layers.iter().cloned())
+            .collect();
+        (blobs, chains)
+    }
+
+    /// What belonged to `image` alone. It is no longer listed, and no image is admitted
+    /// meanwhile.
+    pub(crate) fn collect_of(&self, image: &Image, in_use: &dyn LayersInUse) -> Result<()> {
+        let (blobs, _) = self.referenced();
+        for blob in image.blobs.iter().filter(|blob| !blobs.contains(blob)) {
+            self.leases
+                .unless_held(blob, || self.content.remove(blob))
+                .transpose()?;
+        }
+        self.collect_layers(&image.layers, in_use)
+    }
+
+    pub(crate) fn collect_all(&self, in_use: &dyn LayersInUse) -> Result<()> {
+        let (blobs, _) = self.referenced();
+        for (blob, _) in self.content.list()? {
+            if blobs.contains(&blob) || self.is_young(&blob) {
+                continue;
+            }
+            self.leases
+                .unless_held(&blob, || self.content.remove(&blob))
+                .transpose()?;
+        }
+        let layers: Vec<Digest> = self
+            .snapshotter
+            .layers()?
+            .into_iter()
+            .map(|(chain, _)| chain)
+            .collect();
+        self.collect_layers(&layers, in_use)
+    }
+
+    fn is_young(&self, blob: &Digest) -> bool {
+        let modified = std::fs::metadata(self.content.path(blob)).and_then(|meta| meta.modified());
+        // A clock that was set back makes it young for ever, until it is set right.
+        modified.is_ok_and(|time| {
+            SystemTime::now().duration_since(time).unwrap_or_default()
+                < self.options.keep_unreferenced
+        })
+    }
+
+    /// Removes those of `layers` (base to top, so the last first) that nothing stands on.
+    fn collect_layers(&self, layers: &[Digest], in_use: &dyn LayersInUse) -> Result<()> {
+        let (_, referenced) = self.referenced();
+        // The order closes a gap: a container creation writes its record before it gives up its
+        // lease, so that what was leased here, or is recorded after, is seen one way or the other.
+        let leased = self.leases.held();
+        let used = in_use.chains();
+        for chain in layers.iter().rev() {
+            if referenced.contains(chain) || leased.contains(chain) || used.contains(chain) {
+                continue;
+            }
+            let removed = self
+                .leases
+                .unless_held(chain, || self.snapshotter.remove_layer(chain))
+                .transpose()?;
+            if removed.is_some() {
+                self.usage().remove(chain);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back the space of what was removed. Slow, and under no lock of the leases.
+    pub(crate) fn purge(&self) -> Result<()> {
+        self.content.purge()?;
+        Ok(self.snapshotter.purge()?)
+    }
+
+    /// Removes these blobs unless an image or other work needs them: a full disk is not the time
+    /// to keep them for the next try.
+    pub(crate) fn drop_blobs(&self, fresh: &[Digest]) -> Result<()> {
+        let (blobs, _) = self.referenced();
+        for blob in fresh.iter().filter(|blob| !blobs.contains(blob)) {
+            self.leases
+                .unless_held(blob, || self.content.remove(blob))
+                .transpose()?;
+        }
+        self.content.purge()
+    }
+}

@@ -1,0 +1,283 @@
+//! The pull pipeline: resolve, pick the platform, fetch, unpack, record.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
+use gantry_types::{Digest, ErrorKind, Kind};
+
+use crate::credentials::Credentials;
+use crate::document::{self, Descriptor, Document};
+use crate::install;
+use crate::lease::Lease;
+use crate::reference::Reference;
+use crate::registry::{Served, Session};
+use crate::service::{Inner, PullRequest, blocking};
+use crate::{Error, Result};
+
+/// Deepest nesting of indexes, and most documents read for one image (GO-2026-6597: indexes that
+/// list each other make a small tree of names into an endless walk).
+const DEPTH_MAX: usize = 4;
+const DOCUMENTS_MAX: usize = 32;
+
+type Outcome = std::result::Result<String, Arc<Error>>;
+
+/// Pulls under way. Credentials are part of the key: whoever cannot pull an image by himself must
+/// not get it by somebody else's.
+#[derive(Default)]
+pub struct Pulls(Mutex<HashMap<(String, Credentials), Shared<BoxFuture<'static, Outcome>>>>);
+
+/// One lock per blob under way, so that two pulls do not fetch the same one twice.
+#[derive(Default)]
+pub struct BlobLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+
+impl BlobLocks {
+    pub fn of(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lock) = locks.get(digest).and_then(Weak::upgrade) {
+            return lock;
+        }
+        locks.retain(|_, lock| lock.strong_count() > 0);
+        let lock = Arc::new(tokio::sync::Mutex::new(()));
+        locks.insert(digest.clone(), Arc::downgrade(&lock));
+        lock
+    }
+}
+
+pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
+    let reference: Reference = request.reference.parse()?;
+    let key = (reference.to_string(), request.credentials.clone());
+    let joined = {
+        let mut pulls = inner.pulls.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match pulls.get(&key) {
+            Some(pull) => pull.clone(),
+            None => {
+                let task = tokio::spawn(run(inner.clone(), reference, key.clone()));
+                let ended = Error::Worker { what: "image pull" };
+                let pull = task
+                    .map(|done| done.unwrap_or(Err(Arc::new(ended))))
+                    .boxed()
+                    .shared();
+                pulls.insert(key, pull.clone());
+                pull
+            }
+        }
+    };
+    joined.await.map_err(Error::Joined)
+}
+
+/// A task of its own: the callers may come and go.
+async fn run(inner: Arc<Inner>, reference: Reference, key: (String, Credentials)) -> Outcome {
+    // Taken out of the map also if the pull panics.
+    struct Leave(Arc<Inner>, (String, Credentials));
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            self.0
+                .pulls
+                .0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&self.1);
+        }
+    }
+    let leave = Leave(inner.clone(), key);
+    let result = pull_image(&inner, &reference, &leave.1.1).await;
+    result.map_err(Arc::new)
+}
+
+async fn pull_image(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    credentials: &Credentials,
+) -> Result<String> {
+    let work = (inner.clone(), reference.clone(), credentials.clone());
+    let session = blocking("registry session", move || {
+        work.0.client.session(&work.1, &work.2)
+    });
+    let session = Arc::new(session.await?);
+    let mut walk = Walk {
+        inner,
+        session: &session,
+        lease: inner.leases.lease(),
+        documents: 0,
+        visited: Vec::new(),
+    };
+    let top = walk.top(reference).await?;
+    let named = reference.with_digest(&top.digest);
+    let manifest = walk.manifest(top).await?;
+    let lease = walk.lease;
+    let mut fresh = Vec::new();
+    let installed = install::install(inner, Some(session), &manifest, lease, &mut fresh).await;
+    let lease = match installed {
+        Ok(lease) => lease,
+        Err(error) => {
+            if error.kind() == ErrorKind::ResourceExhausted {
+                let work = inner.clone();
+                let dropped = blocking("blob removal", move || work.drop_blobs(&fresh)).await;
+                if let Err(error) = dropped {
+                    tracing::warn!(%error, "blobs of a failed pull stay until collection");
+                }
+            }
+            return Err(error);
+        }
+    };
+    let tags = reference.tagged().into_iter().collect();
+    let image = inner.admit(manifest, tags, vec![named]).await?;
+    drop(lease);
+    Ok(image.id.clone())
+}
+
+/// The way from what a reference names to the manifest for this node.
+struct Walk<'a> {
+    inner: &'a Arc<Inner>,
+    session: &'a Session,
+    lease: Lease,
+    documents: usize,
+    visited: Vec<Digest>,
+}
+
+impl Walk<'_> {
+    /// What the reference names. The registry is always asked, so that credentials are checked
+    /// and a tag that moved is seen; what is here already is not sent again.
+    async fn top(&mut self, reference: &Reference) -> Result<Served> {
+        let known = matches!(
+            self.inner.catalog().find(&reference.to_string()),
+            Ok(Some(_))
+        );
+        if known
+            && let Some(digest) = self.session.head().await?
+            && reference.digest().is_none_or(|wanted| *wanted == digest)
+        {
+            self.lease.hold([&digest]);
+            if let Some(bytes) = self.local(&digest).await? {
+                return Ok(Served {
+                    bytes,
+                    media_type: String::new(),
+                    digest,
+                });
+            }
+        }
+        self.session.resolve().await
+    }
+
+    async fn local(&self, digest: &Digest) -> Result<Option<Vec<u8>>> {
+        let (content, digest) = (self.inner.content.clone(), digest.clone());
+        blocking("blob read", move || {
+            content.read(&digest, document::DOCUMENT_MAX)
+        })
+        .await
+    }
+
+    /// Keeps a document in the content store and reads it.
+    async fn keep(&mut self, served: &Served) -> Result<Document> {
+        let parsed = document::parse(served.digest.as_str(), &served.media_type, &served.bytes)?;
+        self.lease.hold([&served.digest]);
+        let content = self.inner.content.clone();
+        let (digest, bytes) = (served.digest.clone(), served.bytes.clone());
+        blocking("blob write", move || content.put_as(&digest, &bytes)).await?;
+        Ok(parsed)
+    }
+
+    /// Digest of the manifest to use.
+    async fn manifest(&mut self, top: Served) -> Result<Digest> {
+        let what = top.digest.clone();
+        let digest = match self.keep(&top).await? {
+            Document::Manifest(manifest) => {
+                self.runs(&manifest.config).await?.then_some(top.digest)
+            }
+            Document::Index(entries) => self.pick(entries, 1).await?,
+        };
+        digest.ok_or_else(|| Error::Invalid {
+            what: format!("{what}"),
+            reason: format!(
+                "no image for platform {}",
+                self.inner.options.platforms.name()
+            ),
+        })
+    }
+
+    /// The first entry that leads to an image that runs here.
+    fn pick<'b>(
+        &'b mut self,
+        entries: Vec<Descriptor>,
+        depth: usize,
+    ) -> BoxFuture<'b, Result<Option<Digest>>> {
+        async move {
+            let too_deep = |what: &Digest, limit: usize, unit| Error::Limit {
+                what: format!("index {what}"),
+                limit: limit as u64,
+                unit,
+            };
+            let platforms = self.inner.options.platforms.clone();
+            for entry in platforms.candidates(&entries) {
+                if self.visited.contains(&entry.digest) {
+                    continue;
+                }
+                self.visited.push(entry.digest.clone());
+                self.documents += 1;
+                if self.documents > DOCUMENTS_MAX {
+                    return Err(too_deep(&entry.digest, DOCUMENTS_MAX, "documents"));
+                }
+                let mut served = self.document(entry).await?;
+                // What the index calls it counts, as if it had been served so.
+                served.media_type = entry.media_type.clone();
+                match self.keep(&served).await? {
+                    Document::Manifest(manifest) => {
+                        if entry.platform.is_some() || self.runs(&manifest.config).await? {
+                            return Ok(Some(entry.digest.clone()));
+                        }
+                    }
+                    Document::Index(entries) => {
+                        if depth >= DEPTH_MAX {
+                            return Err(too_deep(&entry.digest, DEPTH_MAX, "levels of indexes"));
+                        }
+                        if let Some(found) = self.pick(entries, depth + 1).await? {
+                            return Ok(Some(found));
+                        }
+                    }
+                }
+            }
+            Ok(None)
+        }
+        .boxed()
+    }
+
+    async fn document(&mut self, entry: &Descriptor) -> Result<Served> {
+        if entry.size > document::DOCUMENT_MAX {
+            let what = format!("manifest {}", entry.digest);
+            return Err(Error::Limit {
+                what,
+                limit: document::DOCUMENT_MAX,
+                unit: "bytes",
+            });
+        }
+        self.lease.hold([&entry.digest]);
+        let served = match self.local(&entry.digest).await? {
+            Some(bytes) => Served {
+                bytes,
+                media_type: String::new(),
+                digest: entry.digest.clone(),
+            },
+            None => self.session.manifest_by_digest(&entry.digest).await?,
+        };
+        if served.bytes.len() as u64 != entry.size {
+            let reason = format!(
+                "{} bytes came instead of {}",
+                served.bytes.len(),
+                entry.size
+            );
+            return Err(Error::mismatch(&entry.digest, reason));
+        }
+        Ok(served)
+    }
+
+    /// Whether the image of this configuration says it runs here.
+    async fn runs(&mut self, config: &Descriptor) -> Result<bool> {
+        self.lease.hold([&config.digest]);
+        install::fetch(self.inner, Some(self.session), config).await?;
+        let bytes = self.local(&config.digest).await?.unwrap_or_default();
+        let parsed = document::parse_config(&config.digest, &bytes)?;
+        Ok(self.inner.options.platforms.runs(&parsed.image.platform))
+    }
+}

@@ -1,0 +1,493 @@
+//! The face of this crate: the images of the node.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use gantry_ports::Snapshotter;
+use gantry_ports::snapshotter::Usage;
+use gantry_store::Store;
+use gantry_store::record::ImageRecord;
+use gantry_types::Digest;
+use globset::{Glob, GlobSet, GlobSetBuilder};
+
+use crate::catalog::Catalog;
+use crate::content::Content;
+use crate::credentials::Credentials;
+use crate::image::Image;
+use crate::lease::{Lease, Leases};
+use crate::platform::Accepted;
+use crate::pull::{BlobLocks, Pulls};
+use crate::unpack::Limits;
+use crate::{Error, Result, index, registry};
+
+/// How this node handles images.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub registry: registry::Settings,
+    /// Names (globs, matched against every tag and digest name) of images that the kubelet must
+    /// not collect: `registry.k8s.io/pause*`.
+    pub pinned: Vec<String>,
+    /// Layers of one image that are downloaded at once.
+    pub parallel_downloads: usize,
+    /// Layers of all images that are unpacked at once; decompression is one thread each.
+    pub parallel_unpacks: usize,
+    pub limits: Limits,
+    /// How long blobs that no image refers to stay: a failed pull goes on with what it has.
+    pub keep_unreferenced: Duration,
+    pub platforms: Accepted,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            registry: registry::Settings::default(),
+            pinned: Vec::new(),
+            parallel_downloads: 3,
+            parallel_unpacks: std::thread::available_parallelism().map_or(2, usize::from),
+            limits: Limits::default(),
+            keep_unreferenced: Duration::from_secs(3600),
+            platforms: Accepted::host(),
+        }
+    }
+}
+
+/// A request of [`Images::pull`].
+#[derive(Clone, Debug, Default)]
+pub struct PullRequest {
+    /// As the caller wrote it; normalised here.
+    pub reference: String,
+    pub credentials: Credentials,
+}
+
+/// Tells which layers the snapshots of containers stand on.
+pub trait LayersInUse: Send + Sync {
+    /// Chain ids. Asked after the image that is being removed can no longer be found.
+    fn chains(&self) -> HashSet<Digest>;
+}
+
+impl<F: Fn() -> HashSet<Digest> + Send + Sync> LayersInUse for F {
+    fn chains(&self) -> HashSet<Digest> {
+        self()
+    }
+}
+
+/// What the images occupy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FsInfo {
+    /// A directory on the file system that holds the layers.
+    pub mountpoint: PathBuf,
+    pub used_bytes: u64,
+    pub inodes_used: u64,
+}
+
+/// An image whose layers stay while this lives. Container creation holds one until its record
+/// names the layers.
+#[derive(Debug)]
+pub struct ImageInUse {
+    image: Arc<Image>,
+    _lease: Lease,
+}
+
+impl std::ops::Deref for ImageInUse {
+    type Target = Arc<Image>;
+
+    fn deref(&self) -> &Arc<Image> {
+        &self.image
+    }
+}
+
+/// The images of the node. Cheap to clone.
+#[derive(Clone)]
+pub struct Images {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub content: Content,
+    pub store: Arc<Store>,
+    pub snapshotter: Arc<dyn Snapshotter>,
+    pub options: Options,
+    pub pinned: GlobSet,
+    pub client: registry::Client,
+    pub leases: Leases,
+    pub pulls: Pulls,
+    pub blob_locks: BlobLocks,
+    pub downloads: usize,
+    pub unpacks: Arc<tokio::sync::Semaphore>,
+    /// What readers see.
+    catalog: RwLock<Arc<Catalog>>,
+    /// Held from the reading of the catalog to the publication of the next one.
+    changing: tokio::sync::Mutex<()>,
+    /// The records lag behind the catalog: a change could not be written down.
+    behind: AtomicBool,
+    usage: Mutex<HashMap<Digest, Usage>>,
+}
+
+impl Images {
+    /// Opens the content store at `<root>/content` and publishes the images of the store's
+    /// records and of `index.json` that are complete. Blocks.
+    ///
+    /// The caller has called [`Snapshotter::clean`].
+    pub fn open(
+        root: &Path,
+        store: Arc<Store>,
+        snapshotter: Arc<dyn Snapshotter>,
+        options: Options,
+    ) -> Result<Self> {
+        let inner = Inner {
+            content: Content::open(&root.join("content"))?,
+            pinned: globs(&options.pinned)?,
+            client: registry::Client::new(options.registry.clone())?,
+            leases: Leases::default(),
+            pulls: Pulls::default(),
+            blob_locks: BlobLocks::default(),
+            downloads: options.parallel_downloads.max(1),
+            unpacks: Arc::new(tokio::sync::Semaphore::new(options.parallel_unpacks.max(1))),
+            catalog: RwLock::default(),
+            changing: tokio::sync::Mutex::default(),
+            behind: AtomicBool::new(false),
+            usage: Mutex::new(snapshotter.layers()?.into_iter().collect()),
+            store,
+            snapshotter,
+            options,
+        };
+        let (catalog, changed) = inner.recover()?;
+        inner.publish(catalog.clone());
+        if changed {
+            inner.write_down(&catalog)?;
+        }
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Pulls an image and returns its id (the digest of its configuration). Identical requests
+    /// that come while one is under way share it. The pull goes on if the caller leaves.
+    pub async fn pull(&self, request: PullRequest) -> Result<String> {
+        crate::pull::pull(&self.inner, request).await
+    }
+
+    /// Every image. From memory.
+    pub fn list(&self) -> Vec<Arc<Image>> {
+        self.inner.catalog().images().cloned().collect()
+    }
+
+    /// The image of a name in any form: reference, short name, id with or without `sha256:`,
+    /// unique prefix of an id. From memory.
+    pub fn status(&self, name_or_id: &str) -> Result<Option<Arc<Image>>> {
+        self.inner.catalog().find(name_or_id)
+    }
+
+    /// As [`Images::status`], and keeps the image's layers on disk while the result lives.
+    pub fn use_image(&self, name_or_id: &str) -> Result<Option<ImageInUse>> {
+        let Some(image) = self.status(name_or_id)? else {
+            return Ok(None);
+        };
+        let mut lease = self.inner.leases.lease();
+        lease.hold(&image.layers);
+        // Removed between look-up and lease: its layers may be gone.
+        if self.inner.catalog().get(&image.id).is_none() {
+            return Ok(None);
+        }
+        Ok(Some(ImageInUse {
+            image,
+            _lease: lease,
+        }))
+    }
+
+    /// Removes an image with all its names, and the layers and blobs that nothing else needs.
+    /// A name that is no image is success.
+    pub async fn remove(&self, name_or_id: &str, in_use: Arc<dyn LayersInUse>) -> Result<()> {
+        let inner = self.inner.clone();
+        let changing = inner.changing.lock().await;
+        let Some(image) = inner.catalog().find(name_or_id)? else {
+            return Ok(());
+        };
+        let work = inner.clone();
+        let done = blocking("image removal", move || {
+            // The other way round than a pull: record last. The deletion needs no space that a
+            // full disk does not have.
+            let mut catalog = Catalog::clone(&work.catalog());
+            catalog.remove(&image.id);
+            work.publish(catalog.clone());
+            work.collect_of(&image, in_use.as_ref())?;
+            work.write_down(&catalog)?;
+            work.purge()
+        });
+        let done = done.await;
+        drop(changing);
+        done
+    }
+
+    /// Removes layers that neither an image nor a container needs and blobs that no image has
+    /// needed for a while ([`Options::keep_unreferenced`]). Walks the disk: for a timer.
+    pub async fn collect(&self, in_use: Arc<dyn LayersInUse>) -> Result<()> {
+        let changing = self.inner.changing.lock().await;
+        let work = self.inner.clone();
+        let done = blocking("image collection", move || {
+            work.collect_all(in_use.as_ref())?;
+            if work.behind.load(Ordering::Relaxed) {
+                work.write_down(&work.catalog())?;
+            }
+            work.purge()
+        });
+        let done = done.await;
+        drop(changing);
+        done
+    }
+
+    /// Adopts images that `index.json` names and that are complete, but that are not listed.
+    /// Returns how many. [`Images::open`] does this by itself.
+    pub async fn rebuild(&self) -> Result<usize> {
+        let changing = self.inner.changing.lock().await;
+        let work = self.inner.clone();
+        let done = blocking("image rebuild", move || {
+            let mut catalog = Catalog::clone(&work.catalog());
+            let before = catalog.images().count();
+            work.adopt_from_index(&mut catalog)?;
+            let added = catalog.images().count() - before;
+            work.write_down(&catalog)?;
+            work.publish(catalog);
+            Ok(added)
+        });
+        let done = done.await;
+        drop(changing);
+        done
+    }
+
+    /// Space and inodes of all layers and blobs, as counted when they were made. From memory.
+    pub fn fs_info(&self) -> FsInfo {
+        let (blob_bytes, blobs) = self.inner.content.used();
+        let usage = self.inner.usage();
+        let layers = usage.values().fold(Usage::default(), |sum, usage| Usage {
+            bytes: sum.bytes.saturating_add(usage.bytes),
+            inodes: sum.inodes.saturating_add(usage.inodes),
+        });
+        FsInfo {
+            mountpoint: self.inner.snapshotter.root().to_owned(),
+            used_bytes: layers.bytes.saturating_add(blob_bytes),
+            inodes_used: layers.inodes.saturating_add(blobs),
+        }
+    }
+}
+
+/// Runs blocking work on a thread for it.
+pub(crate) async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Worker { what }))
+}
+
+fn globs(patterns: &[String]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    let bad = |e: globset::Error| Error::invalid("pinned image pattern", e);
+    for pattern in patterns {
+        set.add(Glob::new(pattern).map_err(bad)?);
+    }
+    set.build().map_err(bad)
+}
+
+impl Inner {
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.catalog
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn publish(&self, catalog: Catalog) {
+        *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(catalog);
+    }
+
+    pub fn usage(&self) -> MutexGuard<'_, HashMap<Digest, Usage>> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_pinned(&self, image: &Image) -> bool {
+        image
+            .tags
+            .iter()
+            .chain(&image.digests)
+            .any(|name| self.pinned.is_match(name))
+    }
+
+    /// The images of records and index that are complete, and whether records and index differ
+    /// from them. Records go first: a name that both claim is theirs.
+    fn recover(&self) -> Result<(Catalog, bool)> {
+        let scan = self.store.scan::<ImageRecord>()?;
+        for (key, error) in &scan.unreadable {
+            tracing::error!(%key, %error, "an image record cannot be read: it is kept as it is");
+        }
+        let mut catalog = Catalog::default();
+        let mut changed = false;
+        let mut records = scan.records;
+        // Of two records with one name the newer is right: the older was not yet rewritten.
+        records.sort_by_key(|(_, record)| record.created_at);
+        for (key, record) in records {
+            match self.from_record(&record) {
+                Ok(image) => changed |= !catalog.insert(image).is_empty(),
+                Err(error) => {
+                    tracing::warn!(image = %key, %error, "an image is incomplete: pull it anew");
+                    self.store.remove::<ImageRecord>(&key)?;
+                    changed = true;
+                }
+            }
+        }
+        let before = catalog.images().count();
+        if let Err(error) = self.adopt_from_index(&mut catalog) {
+            tracing::error!(%error, "the index of the content store is written anew");
+            changed = true;
+        }
+        changed |= catalog.images().count() != before;
+        Ok((catalog, changed))
+    }
+
+    fn from_record(&self, record: &ImageRecord) -> Result<Image> {
+        let manifest = record
+            .manifest
+            .parse()
+            .map_err(|e| Error::invalid(&record.id, e))?;
+        let mut image = self.load_complete(&manifest)?;
+        if image.id != record.id {
+            return Err(Error::mismatch(
+                &record.id,
+                "its manifest is that of another image",
+            ));
+        }
+        image = image.with_names(record.tags.clone(), record.digests.clone());
+        image.created_at = record.created_at;
+        image.pinned = self.is_pinned(&image);
+        Ok(image)
+    }
+
+    fn load_complete(&self, manifest: &Digest) -> Result<Image> {
+        let image = Image::load(&self.content, manifest)?;
+        match image
+            .layers
+            .iter()
+            .find(|chain| !self.snapshotter.has_layer(chain))
+        {
+            Some(chain) => Err(Error::invalid(
+                &image.id,
+                format_args!("layer {chain} is missing"),
+            )),
+            None => Ok(image),
+        }
+    }
+
+    fn adopt_from_index(&self, catalog: &mut Catalog) -> Result<()> {
+        for (manifest, named) in index::read(&self.content.index_path())? {
+            let mut image = match self.load_complete(&manifest) {
+                Ok(image) => image,
+                Err(error) => {
+                    tracing::warn!(%manifest, %error, "index.json names an incomplete image");
+                    continue;
+                }
+            };
+            if catalog.get(&image.id).is_some() {
+                continue;
+            }
+            let free = |name: &String| !matches!(catalog.find(name), Ok(Some(_)));
+            let tags = named.tags.into_iter().filter(free).collect();
+            let digests = named.digests.into_iter().filter(free).collect();
+            image = image.with_names(tags, digests);
+            image.created_at = named.created_at;
+            image.pinned = self.is_pinned(&image);
+            catalog.insert(image);
+        }
+        Ok(())
+    }
+
+    /// Makes index and records say what `catalog` says; durable on return.
+    fn write_down(&self, catalog: &Catalog) -> Result<()> {
+        self.behind.store(true, Ordering::Relaxed);
+        index::write(&self.content.index_path(), catalog)?;
+        let records: HashMap<String, ImageRecord> = self
+            .store
+            .scan::<ImageRecord>()?
+            .records
+            .into_iter()
+            .collect();
+        for image in catalog.images() {
+            let record = image.record();
+            if records.get(&image.id) != Some(&record) {
+                self.store.put(&image.id, &record)?;
+            }
+        }
+        for id in records.keys().filter(|id| catalog.get(id).is_none()) {
+            self.store.remove::<ImageRecord>(id)?;
+        }
+        self.behind.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Adds an image whose blobs and layers are on disk, under these names besides those it has.
+    pub async fn admit(
+        self: &Arc<Self>,
+        manifest: Digest,
+        tags: Vec<String>,
+        digests: Vec<String>,
+    ) -> Result<Arc<Image>> {
+        let changing = self.changing.lock().await;
+        let work = self.clone();
+        let done = blocking("image record", move || {
+            work.content.sync()?;
+            let image = work.load_complete(&manifest)?;
+            let mut catalog = Catalog::clone(&work.catalog());
+            let known = catalog.get(&image.id).cloned();
+            let merge = |old: Option<&Vec<String>>, new: Vec<String>| {
+                let mut names = old.cloned().unwrap_or_default();
+                names.extend(new);
+                names.sort();
+                names.dedup();
+                names
+            };
+            let known = known.as_deref();
+            let mut image = image.with_names(
+                merge(known.map(|image| &image.tags), tags),
+                merge(known.map(|image| &image.digests), digests),
+            );
+            let now = SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default();
+            let now = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
+            image.created_at = known.map_or(now, |image| image.created_at);
+            image.pinned = work.is_pinned(&image);
+            let id = image.id.clone();
+            if known == Some(&image) {
+                return Ok(known
+                    .cloned()
+                    .map(Arc::new)
+                    .unwrap_or_else(|| Arc::new(image)));
+            }
+            for loser in catalog.insert(image) {
+                work.repin(&mut catalog, &loser);
+            }
+            work.write_down(&catalog)?;
+            let image = catalog
+                .get(&id)
+                .cloned()
+                .ok_or(Error::NoSuchImage { name: id })?;
+            work.publish(catalog);
+            Ok(image)
+        });
+        let done = done.await;
+        drop(changing);
+        done
+    }
+
+    /// An image that lost a name may have lost the one that pinned it.
+    fn repin(&self, catalog: &mut Catalog, id: &str) {
+        if let Some(image) = catalog.get(id) {
+            let mut image = Image::clone(image);
+            image.pinned = self.is_pinned(&image);
+            catalog.insert(image);
+        }
+    }
+}
