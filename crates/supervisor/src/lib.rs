@@ -1,1 +1,367 @@
-//! One driver task per pod, shim client, recovery.
+//! Pods and containers: one driver task per pod, the client of its shim, recovery.
+//!
+//! [`Supervisor`] is the way in. Requests that change something go to the pod's driver
+//! (`pod`); reads come from what the drivers publish ([`registry`]) and wait for nobody.
+
+mod cgroup;
+mod clock;
+mod container;
+mod error;
+mod failpoint;
+mod pod;
+mod records;
+mod recover;
+pub mod registry;
+mod rundir;
+mod settings;
+mod shim;
+mod undo;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use gantry_cri_api::v1 as cri;
+use gantry_images::Images;
+use gantry_ports::{Network, Snapshotter};
+use gantry_store::{Store, record};
+use gantry_types::{Digest, PodId, PodState};
+use prost::Message;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+pub use clock::now_ns;
+pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
+pub use container::ExecOutput;
+pub use error::Error;
+pub use recover::Summary;
+pub use settings::{Handler, HandlerFeatures, Settings, Timeouts};
+
+use pod::{Awaited, Driver, MAILBOX, Msg, Reply, Request, host_network, reply};
+use records::Records;
+use registry::{ContainerView, PodFacts, PodName, PodView, Registry, Reserved};
+use rundir::RunDirs;
+
+/// What every driver works with.
+pub(crate) struct Context {
+    pub settings: Settings,
+    pub records: Records,
+    pub images: Images,
+    pub snapshotter: Arc<dyn Snapshotter>,
+    pub network: Arc<dyn Network>,
+    pub registry: Registry,
+}
+
+/// All pods of the node.
+#[derive(Clone)]
+pub struct Supervisor {
+    ctx: Arc<Context>,
+}
+
+/// 32 random bytes for an id.
+pub(crate) fn random() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    if let Err(error) = getrandom::fill(&mut bytes) {
+        // The kernel's generator cannot fail once it is seeded (getrandom(2)); ids that are not
+        // random would collide with what is on disk.
+        panic!("no randomness: {error}");
+    }
+    bytes
+}
+
+impl Supervisor {
+    pub fn new(
+        settings: Settings,
+        store: Arc<Store>,
+        images: Images,
+        snapshotter: Arc<dyn Snapshotter>,
+        network: Arc<dyn Network>,
+    ) -> Result<Self, Error> {
+        let dirs = RunDirs::new(&settings.state, &settings.netns_dir);
+        dirs.make().map_err(|error| Error::io("make run directories", &settings.state, &error))?;
+        let records = Records { store, dirs };
+        let registry = Registry::default();
+        let ctx = Context { settings, records, images, snapshotter, network, registry };
+        Ok(Self { ctx: Arc::new(ctx) })
+    }
+
+    /// Finds everything again. To be called once, before anything else.
+    pub async fn recover(&self, rebuild: bool) -> Result<Summary, Error> {
+        recover::recover(&self.ctx, rebuild).await
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.ctx.settings
+    }
+
+    pub fn network(&self) -> &Arc<dyn Network> {
+        &self.ctx.network
+    }
+
+    pub fn images(&self) -> &Images {
+        &self.ctx.images
+    }
+
+    /// Pods and containers as last published.
+    pub fn registry(&self) -> &Registry {
+        &self.ctx.registry
+    }
+
+    /// Layers that containers stand on, whatever became of their image.
+    pub fn layers_in_use(&self) -> HashSet<Digest> {
+        let pods = self.ctx.registry.pods();
+        let containers = pods.iter().flat_map(|pod| &pod.containers);
+        let layers = containers.flat_map(|container| &container.facts.record.layers);
+        layers.filter_map(|layer| layer.parse().ok()).collect()
+    }
+
+    /// The container's OCI spec as JSON, for verbose answers.
+    pub fn runtime_spec(&self, container: &ContainerView) -> Result<serde_json::Value, Error> {
+        let path = self.ctx.records.dirs.container(&container.facts.id).join("config.json");
+        let bytes =
+            std::fs::read(&path).map_err(|error| Error::io("read spec", &path, &error))?;
+        serde_json::from_slice(&bytes).map_err(|error| Error::internal("read spec", error))
+    }
+
+    /// Makes a pod, or returns the one that this same request made before.
+    pub async fn run_pod(
+        &self,
+        config: cri::PodSandboxConfig,
+        handler: String,
+    ) -> Result<PodId, Error> {
+        let metadata = config.metadata.as_ref().ok_or_else(|| Error::Invalid {
+            field: "config.metadata".to_owned(),
+            reason: "is missing".to_owned(),
+        })?;
+        let name = PodName::from(metadata);
+        let config_hash = hash(&[&config.encode_to_vec(), handler.as_bytes()]);
+        loop {
+            let facts = Arc::new(self.pod_facts(&config, &handler, config_hash)?);
+            let (mailbox, messages) = mpsc::channel(MAILBOX);
+            let new = Reserved { id: facts.id.clone(), config_hash };
+            match self.ctx.registry.reserve(name.clone(), new, mailbox.clone()) {
+                Ok(()) => {
+                    let mut driver = Driver::new(
+                        Arc::clone(&self.ctx),
+                        facts,
+                        record::PodStatus::default(),
+                        PodState::Creating,
+                        mailbox.clone(),
+                    );
+                    driver.begin_run();
+                    tokio::spawn(driver.run(messages));
+                    let awaited = self.ask(&mailbox, Request::AwaitReady).await;
+                    return match awaited? {
+                        Awaited::Ready(id) => Ok(id),
+                        Awaited::Ended => Err(Error::State {
+                            what: "pod sandbox",
+                            id: name.to_string(),
+                            reason: "it was stopped while it was made".to_owned(),
+                        }),
+                    };
+                }
+                Err(holder) if holder.config_hash != config_hash => {
+                    return Err(Error::NameInUse {
+                        what: "pod sandbox",
+                        name: name.to_string(),
+                        id: holder.id.to_string(),
+                    });
+                }
+                Err(holder) => {
+                    let joined = match self.ctx.registry.mailbox(&holder.id) {
+                        Some(mailbox) => self.ask(&mailbox, Request::AwaitReady).await,
+                        None => Ok(Awaited::Ended),
+                    };
+                    match joined {
+                        Ok(Awaited::Ready(id)) => return Ok(id),
+                        // What has the name is stopped: it stays until it is removed, and this
+                        // request makes the pod anew.
+                        Ok(Awaited::Ended) | Err(Error::NotFound { .. }) => {
+                            self.ctx.registry.release_name(&name, &holder.id);
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is known of a pod before anything is made; everything that can be refused is here.
+    fn pod_facts(
+        &self,
+        config: &cri::PodSandboxConfig,
+        handler: &str,
+        config_hash: [u8; 32],
+    ) -> Result<PodFacts, Error> {
+        let settings = &self.ctx.settings;
+        let found = settings.handler(handler).ok_or_else(|| Error::Invalid {
+            field: "runtime_handler".to_owned(),
+            reason: format!("no runtime handler {handler:?} is configured"),
+        })?;
+        if let Some(reason) = &found.features.unusable {
+            return Err(Error::State {
+                what: "runtime handler",
+                id: handler.to_owned(),
+                reason: reason.clone(),
+            });
+        }
+        pod::check(config)?;
+        let id = PodId::from_random(random());
+        let host_network = host_network(config);
+        let parent = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str());
+        let parent = settings.cgroups.parent(parent.unwrap_or_default())?;
+        let cgroup_dirs = settings.cgroups.holder(parent, &id)?;
+        let (netns_path, network_intent) = if host_network {
+            (String::new(), Vec::new())
+        } else {
+            let intent = self.ctx.network.intent().map_err(Error::step("set up network"))?;
+            (self.ctx.records.dirs.netns(&id).to_string_lossy().into_owned(), intent)
+        };
+        let record = record::PodConfig {
+            id: id.to_string(),
+            cri_config: config.encode_to_vec(),
+            runtime_handler: handler.to_owned(),
+            created_at: clock::now_ns(),
+            config_hash: config_hash.to_vec(),
+            boot_id: settings.boot_id.clone(),
+            netns_path,
+            cgroup_dirs: cgroup_dirs.iter().map(|d| d.to_string_lossy().into_owned()).collect(),
+            network_intent,
+        };
+        Ok(PodFacts { id, config: config.clone(), record })
+    }
+
+    /// Stops a pod; one that is not there is stopped.
+    pub async fn stop_pod(&self, id: &str) -> Result<(), Error> {
+        self.ask_pod(id, Request::Stop).await
+    }
+
+    /// Removes a pod, stopping it first; one that is not there is removed.
+    pub async fn remove_pod(&self, id: &str) -> Result<(), Error> {
+        self.ask_pod(id, Request::Remove).await
+    }
+
+    async fn ask_pod(
+        &self,
+        id: &str,
+        request: impl FnOnce(Reply<()>) -> Request,
+    ) -> Result<(), Error> {
+        let pod = match self.ctx.registry.pod(id) {
+            Ok(pod) => pod,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match self.ask_of(&pod, request).await {
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Makes a container in a ready pod, or returns the one that this same request made before.
+    pub async fn create_container(
+        &self,
+        pod: &str,
+        config: cri::ContainerConfig,
+    ) -> Result<gantry_types::ContainerId, Error> {
+        let pod = self.ctx.registry.pod(pod)?;
+        let config_hash = hash(&[&config.encode_to_vec()]);
+        let config = Box::new(config);
+        self.ask_of(&pod, |reply| Request::CreateContainer { config, config_hash, reply }).await
+    }
+
+    pub async fn start_container(&self, id: &str) -> Result<(), Error> {
+        let (pod, container) = self.ctx.registry.container(id)?;
+        let id = container.facts.id.clone();
+        self.ask_of(&pod, |reply| Request::Start { id, reply }).await
+    }
+
+    /// Stops a container within `grace`; one that is not there is stopped.
+    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), Error> {
+        let (pod, container) = match self.ctx.registry.container(id) {
+            Err(Error::NotFound { .. }) => return Ok(()),
+            found => found?,
+        };
+        let id = container.facts.id.clone();
+        self.ask_of(&pod, |reply| Request::StopContainer { id, grace, reply }).await
+    }
+
+    /// Removes a container, killing it first; one that is not there is removed.
+    pub async fn remove_container(&self, id: &str) -> Result<(), Error> {
+        let (pod, container) = match self.ctx.registry.container(id) {
+            Err(Error::NotFound { .. }) => return Ok(()),
+            found => found?,
+        };
+        let id = container.facts.id.clone();
+        match self.ask_of(&pod, |reply| Request::RemoveContainer { id, reply }).await {
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    pub async fn update_container(
+        &self,
+        id: &str,
+        resources: cri::LinuxContainerResources,
+    ) -> Result<(), Error> {
+        let (pod, container) = self.ctx.registry.container(id)?;
+        let id = container.facts.id.clone();
+        let resources = Box::new(resources);
+        self.ask_of(&pod, |reply| Request::Update { id, resources, reply }).await
+    }
+
+    pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
+        let (pod, container) = self.ctx.registry.container(id)?;
+        let id = container.facts.id.clone();
+        self.ask_of(&pod, |reply| Request::ReopenLog { id, reply }).await
+    }
+
+    /// Runs a command in a container and returns what it wrote; `limit` zero means none.
+    pub async fn exec_sync(
+        &self,
+        id: &str,
+        command: Vec<String>,
+        limit: Duration,
+    ) -> Result<ExecOutput, Error> {
+        if command.is_empty() {
+            return Err(Error::Invalid { field: "cmd".to_owned(), reason: "is empty".to_owned() });
+        }
+        let (pod, container) = self.ctx.registry.container(id)?;
+        let id = container.facts.id.clone();
+        let (shim, view) = self.ask_of(&pod, |reply| Request::Running { id, reply }).await?;
+        container::exec_sync(&self.ctx, shim, view, command, limit).await
+    }
+
+    async fn ask_of<T>(
+        &self,
+        pod: &PodView,
+        request: impl FnOnce(Reply<T>) -> Request,
+    ) -> Result<T, Error> {
+        let id = &pod.facts.id;
+        let gone = || Error::NotFound { what: "pod sandbox", id: id.to_string() };
+        let mailbox = self.ctx.registry.mailbox(id).ok_or_else(gone)?;
+        self.ask(&mailbox, request).await
+    }
+
+    /// Sends a request to a driver. Dropping the future leaves what it began going on.
+    async fn ask<T>(
+        &self,
+        mailbox: &mpsc::Sender<Msg>,
+        request: impl FnOnce(Reply<T>) -> Request,
+    ) -> Result<T, Error> {
+        let gone = || Error::NotFound { what: "pod sandbox", id: "removed meanwhile".to_owned() };
+        let (reply, answer) = reply();
+        mailbox.send(Msg::Request(request(reply))).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+/// Tells a repeated request from another one. Parts are length-prefixed, so that none runs into
+/// the next.
+fn hash(parts: &[&[u8]]) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update((part.len() as u64).to_be_bytes());
+        hasher.update(part);
+    }
+    hasher.finalize().into()
+}

@@ -1,0 +1,248 @@
+//! Where the cgroups of a pod lie, under both drivers and both versions.
+
+use std::path::{Path, PathBuf};
+
+use gantry_types::{ContainerId, PodId};
+
+use crate::Error;
+
+/// Who makes cgroups: we and the OCI runtime by mkdir, or systemd on the runtime's request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    Cgroupfs,
+    Systemd,
+}
+
+/// The cgroup hierarchies of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hierarchy {
+    /// The one mount point of cgroup v2.
+    V2(PathBuf),
+    /// Mount points of the v1 controllers that we use.
+    V1 { memory: PathBuf, others: Vec<PathBuf> },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cgroups {
+    pub driver: Driver,
+    pub hierarchy: Hierarchy,
+    /// Parent of pods whose request names none.
+    pub default_parent: String,
+}
+
+/// Where one container's cgroup is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// `linux.cgroupsPath` of the OCI spec.
+    pub oci_path: String,
+    /// Directory whose cgroup.procs names the container's processes.
+    pub dir: PathBuf,
+    /// File with the OOM kill counter.
+    pub oom_file: PathBuf,
+}
+
+impl Cgroups {
+    /// Reads the hierarchies from `/proc/self/mounts` text.
+    pub fn detect_hierarchy(mounts: &str) -> Result<Hierarchy, Error> {
+        let mut unified = None;
+        let mut memory = None;
+        let mut others = Vec::new();
+        for line in mounts.lines() {
+            let mut fields = line.split(' ').skip(1);
+            let (Some(dir), Some(kind), Some(options)) =
+                (fields.next(), fields.next(), fields.next())
+            else {
+                continue;
+            };
+            match kind {
+                "cgroup2" => unified = unified.or(Some(PathBuf::from(dir))),
+                "cgroup" => {
+                    let has = |name| options.split(',').any(|option| option == name);
+                    if has("memory") {
+                        memory = Some(PathBuf::from(dir));
+                    } else if has("cpu") || has("pids") || has("cpuacct") {
+                        others.push(PathBuf::from(dir));
+                    }
+                }
+                _ => {}
+            }
+        }
+        // Hybrid: controllers are on v1 and the v2 mount is empty-handed, so v1 decides.
+        match (memory, unified) {
+            (Some(memory), _) => Ok(Hierarchy::V1 { memory, others }),
+            (None, Some(dir)) => Ok(Hierarchy::V2(dir)),
+            (None, None) => {
+                Err(Error::internal("find cgroups", "no cgroup file system is mounted"))
+            }
+        }
+    }
+
+    pub fn is_v2(&self) -> bool {
+        matches!(self.hierarchy, Hierarchy::V2(_))
+    }
+
+    /// The parent as asked for, or the default; checked, because it becomes a path.
+    pub fn parent<'a>(&'a self, asked: &'a str) -> Result<&'a str, Error> {
+        let parent = if asked.is_empty() { &self.default_parent } else { asked };
+        let invalid = |reason: &str| Error::Invalid {
+            field: "linux.cgroup_parent".to_owned(),
+            reason: format!("{parent:?} {reason}"),
+        };
+        if parent.split('/').any(|part| part == ".." || part == ".") || parent.contains('\0') {
+            return Err(invalid("has a component . or .."));
+        }
+        match self.driver {
+            Driver::Cgroupfs if parent.trim_matches('/').is_empty() => {
+                Err(invalid("is the root cgroup"))
+            }
+            Driver::Systemd if !last(parent).ends_with(".slice") => {
+                Err(invalid("does not end with a slice, as the systemd driver needs"))
+            }
+            Driver::Cgroupfs | Driver::Systemd => Ok(parent),
+        }
+    }
+
+    /// The cgroup of a container below a checked parent.
+    pub fn container(&self, parent: &str, id: &ContainerId) -> Result<Place, Error> {
+        let (oci_path, relative) = match self.driver {
+            Driver::Cgroupfs => {
+                let path = Path::new(parent.trim_matches('/')).join(id.as_str());
+                (format!("/{}", path.display()), path)
+            }
+            Driver::Systemd => {
+                let slice = last(parent);
+                let path = slice_path(slice)?.join(scope(id.as_str()));
+                (format!("{slice}:{SCOPE_PREFIX}:{id}"), path)
+            }
+        };
+        Ok(match &self.hierarchy {
+            Hierarchy::V2(mount) => {
+                let dir = mount.join(&relative);
+                Place { oci_path, oom_file: dir.join("memory.events"), dir }
+            }
+            Hierarchy::V1 { memory, .. } => {
+                let dir = memory.join(&relative);
+                Place { oci_path, oom_file: dir.join("memory.oom_control"), dir }
+            }
+        })
+    }
+
+    /// The holder's leaf cgroup below a checked parent, one directory per hierarchy. cAdvisor and
+    /// node agents find the pod's network through it.
+    pub fn holder(&self, parent: &str, id: &PodId) -> Result<Vec<PathBuf>, Error> {
+        let relative = match self.driver {
+            Driver::Cgroupfs => Path::new(parent.trim_matches('/')).join(id.as_str()),
+            Driver::Systemd => slice_path(last(parent))?.join(scope(id.as_str())),
+        };
+        Ok(match &self.hierarchy {
+            Hierarchy::V2(mount) => vec![mount.join(relative)],
+            Hierarchy::V1 { memory, others } => {
+                std::iter::once(memory).chain(others).map(|mount| mount.join(&relative)).collect()
+            }
+        })
+    }
+}
+
+const SCOPE_PREFIX: &str = "gantry";
+
+fn scope(id: &str) -> String {
+    format!("{SCOPE_PREFIX}-{id}.scope")
+}
+
+fn last(path: &str) -> &str {
+    path.trim_end_matches('/').rsplit('/').next().unwrap_or(path)
+}
+
+/// `a-b-c.slice` lies at `a.slice/a-b.slice/a-b-c.slice` (systemd.slice(5)).
+fn slice_path(slice: &str) -> Result<PathBuf, Error> {
+    let invalid = |reason: &str| Error::Invalid {
+        field: "linux.cgroup_parent".to_owned(),
+        reason: format!("{slice:?} {reason}"),
+    };
+    let Some(name) = slice.strip_suffix(".slice") else {
+        return Err(invalid("is not a slice"));
+    };
+    if name == "-" {
+        return Ok(PathBuf::new());
+    }
+    let mut path = PathBuf::new();
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return Err(invalid("has an empty component"));
+        }
+        if !prefix.is_empty() {
+            prefix.push('-');
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+tmpfs /sys/fs/cgroup tmpfs rw 0 0
+cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,relatime,cpu,cpuacct 0 0
+cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0
+cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0 0
+cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
+";
+    const UNIFIED: &str = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n";
+
+    fn cgroups(driver: Driver, mounts: &str) -> Cgroups {
+        Cgroups {
+            driver,
+            hierarchy: Cgroups::detect_hierarchy(mounts).unwrap(),
+            default_parent: "/gantry".into(),
+        }
+    }
+
+    #[test]
+    fn hybrid_counts_as_v1() {
+        assert!(!cgroups(Driver::Cgroupfs, HYBRID).is_v2());
+        assert!(cgroups(Driver::Cgroupfs, UNIFIED).is_v2());
+        assert!(Cgroups::detect_hierarchy("proc /proc proc rw 0 0\n").is_err());
+    }
+
+    #[test]
+    fn cgroupfs_places() {
+        let id = ContainerId::from_random([1; 32]);
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        let place = v1.container("/kubepods/pod1", &id).unwrap();
+        assert_eq!(place.oci_path, format!("/kubepods/pod1/{id}"));
+        assert_eq!(place.dir, Path::new("/sys/fs/cgroup/memory/kubepods/pod1").join(id.as_str()));
+        assert!(place.oom_file.ends_with("memory.oom_control"));
+        let pod = PodId::from_random([2; 32]);
+        assert_eq!(v1.holder("/kubepods/pod1", &pod).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn systemd_places() {
+        let id = ContainerId::from_random([1; 32]);
+        let v2 = cgroups(Driver::Systemd, UNIFIED);
+        let parent = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx_y.slice";
+        assert_eq!(v2.parent(parent).unwrap(), parent);
+        let place = v2.container(parent, &id).unwrap();
+        assert_eq!(place.oci_path, format!("kubepods-burstable-podx_y.slice:gantry:{id}"));
+        assert_eq!(
+            place.dir,
+            Path::new("/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice")
+                .join("kubepods-burstable-podx_y.slice")
+                .join(format!("gantry-{id}.scope"))
+        );
+    }
+
+    #[test]
+    fn a_parent_that_would_escape_or_is_the_root_is_refused() {
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        for bad in ["/", "/../x", "a/./b", "//"] {
+            assert!(v1.parent(bad).is_err(), "{bad}");
+        }
+        assert_eq!(v1.parent("").unwrap(), "/gantry");
+        assert!(cgroups(Driver::Systemd, UNIFIED).parent("/kubepods").is_err());
+    }
+}

@@ -1,0 +1,161 @@
+//! A container inside its pod's driver: its state, what is wanted of it, and the effects that
+//! bring the one to the other.
+
+mod create;
+mod exec;
+mod resolve;
+mod start;
+mod stop;
+mod update;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use gantry_cri_api::v1 as cri;
+use gantry_store::record;
+use gantry_types::{ContainerId, ContainerState, Decision, Exit};
+use prost::Message;
+use tokio::time::Instant;
+
+use crate::Error;
+use crate::pod::{Driver, Reply, Request, answer};
+use crate::records::{container_state, set_container_state};
+use crate::registry::{ContainerFacts, ContainerView};
+
+pub use exec::ExecOutput;
+pub(crate) use exec::exec_sync;
+pub(crate) use create::half_made;
+pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files};
+
+pub(crate) struct Container {
+    pub(crate) facts: Arc<ContainerFacts>,
+    pub(crate) state: ContainerState,
+    pub(crate) status: record::ContainerStatus,
+    /// Callers of CreateContainer.
+    pub(crate) creating: Vec<Reply<ContainerId>>,
+    /// Start and Update requests that wait for what is under way.
+    pub(crate) queue: VecDeque<Request>,
+    pub(crate) stop: Option<StopWish>,
+    pub(crate) remove: Option<Vec<Reply<()>>>,
+    /// The effect under way, of which there is one at a time.
+    pub(crate) busy: Option<&'static str>,
+    /// The exit came before the outcome of the start that it belongs to.
+    pub(crate) early_exit: Option<Exit>,
+    /// SIGKILL did not help; cleared by the next attempt.
+    pub(crate) kill_failed: bool,
+}
+
+impl Container {
+    pub(crate) fn new(facts: Arc<ContainerFacts>, status: record::ContainerStatus) -> Self {
+        Self {
+            facts,
+            state: container_state(&status),
+            status,
+            creating: Vec::new(),
+            queue: VecDeque::new(),
+            stop: None,
+            remove: None,
+            busy: None,
+            early_exit: None,
+            kill_failed: false,
+        }
+    }
+
+    pub(crate) fn view(&self) -> ContainerView {
+        let resources = cri::LinuxContainerResources::decode(self.status.resources.as_slice());
+        ContainerView {
+            facts: Arc::clone(&self.facts),
+            state: self.state.clone(),
+            resources: resources.ok(),
+            user: self.status.user.clone(),
+        }
+    }
+
+    pub(crate) fn denied(&self, reason: &str) -> Error {
+        Error::State {
+            what: "container",
+            id: self.facts.id.to_string(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// Takes over a status that was recorded.
+    pub(crate) fn set_status(&mut self, status: record::ContainerStatus) {
+        self.state = container_state(&status);
+        self.status = status;
+    }
+
+    /// The status record that says `state`.
+    pub(crate) fn status_with(&self, state: &ContainerState) -> record::ContainerStatus {
+        let mut status = self.status.clone();
+        set_container_state(&mut status, state);
+        status
+    }
+}
+
+impl Driver {
+    /// Begins what the wishes for one container still need.
+    pub(crate) fn advance_container(&mut self, id: &ContainerId) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        if container.busy.is_some() {
+            return;
+        }
+        let may_stop = container.state.may_stop();
+        if container.remove.is_some() && may_stop == Decision::Go {
+            container.wish_stop(Instant::now(), None);
+        }
+        if container.stop.is_some() {
+            match may_stop {
+                Decision::Go => self.drive_stop(id),
+                Decision::Done | Decision::Deny(_) => {
+                    let waiters = container.stop.take().map(|wish| wish.waiters);
+                    answer(waiters.unwrap_or_default(), &Ok(()));
+                }
+            }
+        }
+        let Some(container) = self.containers.get_mut(id) else { return };
+        if container.busy.is_some() {
+            return;
+        }
+        if container.remove.is_some() && container.stop.is_none() {
+            self.begin_remove(id);
+            return;
+        }
+        match container.queue.pop_front() {
+            Some(Request::Start { reply, .. }) => self.start(id, reply),
+            Some(Request::Update { resources, reply, .. }) => self.update(id, *resources, reply),
+            // Only these two are ever queued.
+            Some(_) | None => {}
+        }
+    }
+
+    /// Records a container's new status, then shows it.
+    pub(crate) fn record_container(
+        &mut self,
+        id: &ContainerId,
+        state: &ContainerState,
+        then: impl FnOnce(&mut Driver, &ContainerId) + Send + 'static,
+    ) {
+        let Some(container) = self.containers.get(id) else { return };
+        let status = container.status_with(state);
+        let (ctx, key) = (Arc::clone(&self.ctx), id.clone());
+        let (id, state) = (id.clone(), state.clone());
+        self.blocking(
+            move || ctx.records.put_container_status(&key, &status),
+            move |driver, outcome| {
+                // What the kernel did is true whether or not the disk took it: the shim's exit
+                // record and recovery stand in for the lost write.
+                if let Err(error) = outcome {
+                    tracing::error!(container = %id, %error, "container status not recorded");
+                }
+                if let Some(container) = driver.containers.get_mut(&id) {
+                    // Not the whole status: an update may have changed the resources meanwhile.
+                    set_container_state(&mut container.status, &state);
+                    container.state = state;
+                    driver.publish();
+                }
+                then(driver, &id);
+            },
+        );
+    }
+}

@@ -1,0 +1,447 @@
+//! The reading that has to be done before a spec can be built: root file system, host, pod.
+//!
+//! Image content is not trusted: files are opened beneath the root, and only regular files of a
+//! bounded size are read (CVE-2026-47262).
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use gantry_cri_api::v1 as cri;
+use gantry_images::Image;
+use gantry_spec::resolved::{
+    AppArmor, Cgroup, Device, DeviceKind, HostMount, KnownCapabilities, Namespace, Namespaces,
+    PodFiles, Resolved, Seccomp,
+};
+use gantry_spec::security::Profile;
+use gantry_spec::user::User;
+use gantry_sys::fs::OFlags;
+
+use crate::cgroup::Place;
+use crate::pod::Asked;
+use crate::registry::{ContainerFacts, PodFacts};
+use crate::{Context, Error};
+
+/// passwd and group of an image.
+const MAX_ACCOUNTS: u64 = 10 << 20;
+/// A seccomp profile of the host.
+const MAX_PROFILE: u64 = 4 << 20;
+/// Directories below /dev whose nodes belong to something other than the machine.
+const NOT_DEVICES: [&str; 6] = ["pts", "shm", "fd", "mqueue", "hugepages", "console"];
+
+/// Whether the container's PID namespace is its own.
+pub(super) fn own_pid_namespace(config: &cri::ContainerConfig, pod: Asked) -> bool {
+    pid_mode(config, pod) == cri::NamespaceMode::Container
+}
+
+/// POD means whatever the pod has; a pod without a namespace to share gives each its own.
+fn pid_mode(config: &cri::ContainerConfig, pod: Asked) -> cri::NamespaceMode {
+    let asked = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|security| security.namespace_options.as_ref())
+        .map(cri::NamespaceOption::pid);
+    match asked {
+        Some(cri::NamespaceMode::Pod) | None => pod.pid,
+        Some(mode) => mode,
+    }
+}
+
+/// The container whose PID namespace is asked for, if one is.
+pub(super) fn target_id(config: &cri::ContainerConfig) -> Option<&str> {
+    let options =
+        config.linux.as_ref()?.security_context.as_ref()?.namespace_options.as_ref()?;
+    (options.pid() == cri::NamespaceMode::Target).then_some(options.target_id.as_str())
+}
+
+/// Everything that a spec is built from, but the user.
+pub(super) struct Sources<'a> {
+    pub ctx: &'a Context,
+    pub pod: &'a PodFacts,
+    pub container: &'a ContainerFacts,
+    pub image: &'a Image,
+    pub place: &'a Place,
+    /// First process of the target container.
+    pub target_pid: Option<i32>,
+}
+
+impl Sources<'_> {
+    /// Reads all facts. The root must be mounted.
+    pub fn resolve(&self) -> Result<Resolved, Error> {
+        let ctx = self.ctx;
+        let rootfs = ctx.records.dirs.rootfs(&self.container.id);
+        let config = &self.container.config;
+        let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        let privileged = security.is_some_and(|security| security.privileged);
+        let user = self.user(&rootfs)?;
+        let pod_dir = ctx.records.dirs.pod(&self.pod.id);
+        let asked = Asked::of(&self.pod.config);
+        let hostname = fs::read_to_string(pod_dir.join("hostname"))
+            .map_err(|error| Error::io("read pod file", &pod_dir.join("hostname"), &error))?;
+        let handler = ctx.settings.handler(&self.pod.record.runtime_handler);
+        let bounding = bounding_capabilities()?;
+        let image = &self.image.config;
+        Ok(Resolved {
+            pod: self.pod.id.clone(),
+            container: self.container.id.clone(),
+            image: gantry_spec::resolved::Image {
+                name: image_name(config),
+                entrypoint: image.entrypoint.clone(),
+                cmd: image.cmd.clone(),
+                env: image.env.clone(),
+                working_dir: image.working_dir.clone(),
+            },
+            user,
+            rootfs,
+            cgroup: Cgroup { path: self.place.oci_path.clone(), node: ctx.settings.cgroup_node },
+            namespaces: self.namespaces(asked)?,
+            hostname: hostname.trim_end().to_owned(),
+            files: PodFiles {
+                hosts: Some(pod_dir.join("hosts")),
+                hostname: Some(pod_dir.join("hostname")),
+                resolv_conf: Some(pod_dir.join("resolv.conf")),
+                shm: Some(if asked.host_ipc {
+                    PathBuf::from("/dev/shm")
+                } else {
+                    ctx.records.dirs.shm(&self.pod.id)
+                }),
+            },
+            mounts: mounts(config)?,
+            volumes: Vec::new(),
+            devices: devices(config)?,
+            host_devices: if privileged { host_devices(Path::new("/dev"))? } else { Vec::new() },
+            capabilities: KnownCapabilities {
+                default: gantry_spec::capabilities::default_set(),
+                all: gantry_spec::capabilities::from_mask(bounding),
+            },
+            oom_score_adj_floor: gantry_sys::oom::clamp_oom_score_adj(-1000),
+            rlimits: Vec::new(),
+            seccomp: Seccomp { runtime_default: None, localhost: seccomp_profile(security)? },
+            apparmor: AppArmor::Disabled,
+            selinux: None,
+            recursive_read_only: handler
+                .is_some_and(|handler| handler.features.recursive_read_only_mounts),
+            annotations: handler.map(|handler| handler.annotations.clone()).unwrap_or_default(),
+        })
+    }
+
+    fn user(&self, rootfs: &Path) -> Result<User, Error> {
+        let passwd = account_file(rootfs, "etc/passwd")?;
+        let group = account_file(rootfs, "etc/group")?;
+        let security = self
+            .container
+            .config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.as_ref());
+        let files = gantry_spec::user::Files { passwd: &passwd, group: &group };
+        gantry_spec::user::resolve(security, &self.image.config.user, files)
+            .map_err(Error::step("resolve user"))
+    }
+
+    fn namespaces(&self, asked: Asked) -> Result<Namespaces, Error> {
+        let pins = self.ctx.records.dirs.pins(&self.pod.id);
+        let join = |host: bool, path: PathBuf| {
+            if host { Namespace::Host } else { Namespace::Join(path) }
+        };
+        let pid = match pid_mode(&self.container.config, asked) {
+            cri::NamespaceMode::Pod => Namespace::Join(pins.join("pid")),
+            cri::NamespaceMode::Container => Namespace::New,
+            cri::NamespaceMode::Node => Namespace::Host,
+            cri::NamespaceMode::Target => {
+                let pid = self.target_pid.ok_or_else(|| Error::Invalid {
+                    field: "linux.security_context.namespace_options.target_id".to_owned(),
+                    reason: "is not a running container of this pod".to_owned(),
+                })?;
+                Namespace::Join(PathBuf::from(format!("/proc/{pid}/ns/pid")))
+            }
+        };
+        Ok(Namespaces {
+            network: join(asked.host_network, PathBuf::from(&self.pod.record.netns_path)),
+            ipc: join(asked.host_ipc, pins.join("ipc")),
+            uts: join(asked.host_network, pins.join("uts")),
+            pid,
+            user: Namespace::Host,
+        })
+    }
+}
+
+/// The image's name as the pod's author wrote it.
+fn image_name(config: &cri::ContainerConfig) -> String {
+    config
+        .image
+        .as_ref()
+        .map(|image| {
+            if image.user_specified_image.is_empty() {
+                image.image.clone()
+            } else {
+                image.user_specified_image.clone()
+            }
+        })
+        .unwrap_or_default()
+}
+
+/// passwd or group of the root; empty when there is none.
+fn account_file(rootfs: &Path, name: &str) -> Result<Vec<u8>, Error> {
+    const STEP: &str = "read accounts of the image";
+    let path = Path::new("/").join(name);
+    let root = gantry_sys::fs::open_root(rootfs).map_err(|e| Error::io(STEP, rootfs, &e))?;
+    // Not blocking: a FIFO must not hold us up before it is found not to be a file.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match gantry_sys::fs::open_in_root(&root, Path::new(name), flags, 0) {
+        Ok(file) => File::from(file),
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(Error::io(STEP, &path, &error)),
+    };
+    let metadata = file.metadata().map_err(|error| Error::io(STEP, &path, &error))?;
+    if !metadata.is_file() || metadata.len() > MAX_ACCOUNTS {
+        return Err(Error::Invalid {
+            field: format!("image file {}", path.display()),
+            reason: format!("is not a regular file of at most {MAX_ACCOUNTS} bytes"),
+        });
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_ACCOUNTS)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Error::io(STEP, &path, &error))?;
+    Ok(bytes)
+}
+
+/// The host side of the request's mounts, in their order. A missing source is made, as Docker
+/// and containerd do and pods rely on.
+fn mounts(config: &cri::ContainerConfig) -> Result<Vec<HostMount>, Error> {
+    const STEP: &str = "resolve mount";
+    let mut table = None;
+    let mut mounts = Vec::with_capacity(config.mounts.len());
+    for (n, mount) in config.mounts.iter().enumerate() {
+        let field = format!("mounts[{n}]");
+        if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
+            return Err(Error::Failed {
+                step: STEP,
+                kind: gantry_types::ErrorKind::Unimplemented,
+                message: format!("{field}.image: image volumes are not served yet"),
+            });
+        }
+        let path = Path::new(&mount.host_path);
+        if !path.is_absolute() {
+            return Err(Error::Invalid {
+                field: format!("{field}.host_path"),
+                reason: format!("{:?} is not absolute", mount.host_path),
+            });
+        }
+        if !path.exists() {
+            fs::create_dir_all(path).map_err(|error| Error::io(STEP, path, &error))?;
+        }
+        let source = fs::canonicalize(path).map_err(|error| Error::io(STEP, path, &error))?;
+        let (mut shared, mut slave) = (false, false);
+        if mount.propagation() != cri::MountPropagation::PropagationPrivate {
+            if table.is_none() {
+                let text = fs::read_to_string(MOUNTINFO)
+                    .map_err(|error| Error::io(STEP, Path::new(MOUNTINFO), &error))?;
+                table = Some(text);
+            }
+            (shared, slave) = propagation(table.as_deref().unwrap_or_default(), &source);
+        }
+        mounts.push(HostMount { source, shared, slave });
+    }
+    Ok(mounts)
+}
+
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+
+/// Whether the mount that holds `path` is shared, and whether it is a slave (proc(5) mountinfo).
+fn propagation(table: &str, path: &Path) -> (bool, bool) {
+    let mut best = (0, false, false);
+    for line in table.lines() {
+        let Some((head, _)) = line.split_once(" - ") else { continue };
+        let mut fields = head.split(' ');
+        let Some(point) = fields.nth(4).map(unescape) else { continue };
+        if !path.starts_with(&point) || point.len() < best.0 {
+            continue;
+        }
+        // Later lines cover earlier ones at the same point.
+        let optional: Vec<_> = fields.skip(1).collect();
+        best = (
+            point.len(),
+            optional.iter().any(|field| field.starts_with("shared:")),
+            optional.iter().any(|field| field.starts_with("master:")),
+        );
+    }
+    (best.1, best.2)
+}
+
+/// mountinfo writes space, tab, newline and backslash as three octal digits.
+fn unescape(field: &str) -> String {
+    ["\\040", "\\011", "\\012", "\\134"]
+        .iter()
+        .zip([" ", "\t", "\n", "\\"])
+        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
+}
+
+/// The request's devices; a directory stands for the nodes below it.
+fn devices(config: &cri::ContainerConfig) -> Result<Vec<Device>, Error> {
+    let mut devices = Vec::new();
+    for (n, asked) in config.devices.iter().enumerate() {
+        let field = || format!("devices[{n}].host_path");
+        let host = Path::new(&asked.host_path);
+        let real = fs::canonicalize(host).map_err(|error| Error::Invalid {
+            field: field(),
+            reason: format!("{}: {error}", host.display()),
+        })?;
+        let target = if asked.container_path.is_empty() { host } else { asked.container_path.as_ref() };
+        if real.is_dir() {
+            for mut device in host_devices(&real)? {
+                let below = device.path.strip_prefix(&real).unwrap_or(&device.path).to_owned();
+                device.path = target.join(below);
+                device.access.clone_from(&asked.permissions);
+                devices.push(device);
+            }
+            continue;
+        }
+        let device = device(&real, target, &asked.permissions)
+            .map_err(|error| Error::io("resolve device", &real, &error))?
+            .ok_or_else(|| Error::Invalid {
+                field: field(),
+                reason: format!("{} is not a device", real.display()),
+            })?;
+        devices.push(device);
+    }
+    Ok(devices)
+}
+
+/// The node at `path` as it appears at `target`; `None` when it is no device.
+fn device(path: &Path, target: &Path, access: &str) -> io::Result<Option<Device>> {
+    let metadata = fs::metadata(path)?;
+    let kind = if metadata.file_type().is_block_device() {
+        DeviceKind::Block
+    } else if metadata.file_type().is_char_device() {
+        DeviceKind::Character
+    } else {
+        return Ok(None);
+    };
+    let number = metadata.rdev();
+    Ok(Some(Device {
+        path: target.to_owned(),
+        kind,
+        major: major(number),
+        minor: minor(number),
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        access: access.to_owned(),
+    }))
+}
+
+/// makedev(3): Linux splits both numbers.
+fn major(number: u64) -> u32 {
+    (((number >> 8) & 0xfff) | ((number >> 32) & 0xffff_f000)) as u32
+}
+
+fn minor(number: u64) -> u32 {
+    ((number & 0xff) | ((number >> 12) & 0xffff_ff00)) as u32
+}
+
+/// Every device node below `dir`, at its own path. Symbolic links are not followed: they lead to
+/// nodes that are found anyway.
+fn host_devices(dir: &Path) -> Result<Vec<Device>, Error> {
+    let mut found = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        let entries = fs::read_dir(&dir).map_err(|e| Error::io("list devices", &dir, &e))?;
+        for entry in entries {
+            let entry = entry.map_err(|error| Error::io("list devices", &dir, &error))?;
+            let name = entry.file_name();
+            if NOT_DEVICES.iter().any(|other| name == **other) {
+                continue;
+            }
+            let path = entry.path();
+            // A node may vanish while we look: hot-plugged devices are not worth an error.
+            let Ok(kind) = entry.file_type() else { continue };
+            if kind.is_dir() {
+                dirs.push(path);
+            } else if kind.is_char_device() || kind.is_block_device() {
+                if let Ok(Some(device)) = device(&path, &path, "rwm") {
+                    found.push(device);
+                }
+            }
+        }
+    }
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(found)
+}
+
+/// What we may hand on ourselves: the runtime fails to set more, even for a privileged container.
+fn bounding_capabilities() -> Result<u64, Error> {
+    const PATH: &str = "/proc/self/status";
+    let text = fs::read_to_string(PATH)
+        .map_err(|error| Error::io("read capabilities", Path::new(PATH), &error))?;
+    let mask = text.lines().find_map(|line| line.strip_prefix("CapBnd:")).unwrap_or_default();
+    u64::from_str_radix(mask.trim(), 16)
+        .map_err(|error| Error::internal("read capabilities", format!("CapBnd {mask:?}: {error}")))
+}
+
+/// The file that a Localhost profile names.
+fn seccomp_profile(
+    security: Option<&cri::LinuxContainerSecurityContext>,
+) -> Result<Option<String>, Error> {
+    let Some(security) = security else { return Ok(None) };
+    let profile = gantry_spec::security::seccomp_profile(security)
+        .map_err(Error::step("resolve seccomp profile"))?;
+    let Profile::Localhost(path) = profile else { return Ok(None) };
+    let read = || -> io::Result<String> {
+        let mut text = String::new();
+        File::open(&path)?.take(MAX_PROFILE).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    read().map(Some).map_err(|error| Error::Invalid {
+        field: "linux.security_context.seccomp.localhost_ref".to_owned(),
+        reason: format!("{path}: {error}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_has_the_propagation_of_the_mount_that_holds_it() {
+        let table = "\
+22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
+30 22 0:25 / /run rw shared:5 - tmpfs tmpfs rw
+31 30 0:26 / /run/with\\040space rw shared:7 master:6 - tmpfs tmpfs rw
+";
+        assert_eq!(propagation(table, Path::new("/etc")), (false, false));
+        assert_eq!(propagation(table, Path::new("/run/x")), (true, false));
+        assert_eq!(propagation(table, Path::new("/run/with space/x")), (true, true));
+        assert_eq!(propagation(table, Path::new("/running")), (false, false));
+    }
+
+    #[test]
+    fn account_files_are_read_only_from_beneath_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        assert!(account_file(&root, "etc/passwd").unwrap().is_empty());
+        fs::write(dir.path().join("secret"), "host").unwrap();
+        std::os::unix::fs::symlink("../../secret", root.join("etc/passwd")).unwrap();
+        assert!(account_file(&root, "etc/passwd").unwrap().is_empty(), "`..` stays in the root");
+        fs::create_dir(root.join("etc/group")).unwrap();
+        assert!(account_file(&root, "etc/group").is_err());
+        fs::remove_file(root.join("etc/passwd")).unwrap();
+        nix::unistd::mkfifo(&root.join("etc/passwd"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(account_file(&root, "etc/passwd").is_err(), "a FIFO must not block us");
+    }
+
+    #[test]
+    fn device_numbers_are_split_as_the_kernel_does() {
+        let null = device(Path::new("/dev/null"), Path::new("/dev/x"), "rw").unwrap().unwrap();
+        assert_eq!((null.major, null.minor, null.kind), (1, 3, DeviceKind::Character));
+        assert_eq!(device(Path::new("/"), Path::new("/x"), "rw").unwrap(), None);
+    }
+}

@@ -1,0 +1,151 @@
+//! StartContainer: the runtime's create and start, so that a bad command fails here.
+
+use std::sync::Arc;
+
+use gantry_shim_api::v1::{self, request};
+use gantry_types::{ContainerId, ContainerState, Decision, Exit, ProcessRef};
+
+use crate::Error;
+use crate::clock::now_ns;
+use crate::pod::{Asked, Driver, Reply, blocking};
+
+pub(super) const STARTING: &str = "starting";
+
+/// Exit code of a container whose start failed, as Docker and containerd report it.
+const START_FAILED: i32 = 128;
+
+impl Driver {
+    pub(super) fn start(&mut self, id: &ContainerId, reply: Reply<()>) {
+        let shim = self.shim.clone();
+        let asked = Asked::of(self.pod_config());
+        let Some(container) = self.containers.get_mut(id) else { return };
+        match container.state.may_start(&self.state) {
+            Decision::Done => {
+                let _ = reply.send(Ok(()));
+                return;
+            }
+            Decision::Deny(reason) => {
+                let _ = reply.send(Err(container.denied(reason)));
+                return;
+            }
+            Decision::Go => {}
+        }
+        let Some(shim) = shim else {
+            let _ = reply.send(Err(self.no_shim()));
+            return;
+        };
+        container.busy = Some(STARTING);
+        let facts = Arc::clone(&container.facts);
+        let config = &facts.config;
+        let own_pid_namespace = super::resolve::own_pid_namespace(config, asked);
+        let bundle = self.ctx.records.dirs.container(id);
+        let body = v1::Start {
+            container_id: id.to_string(),
+            bundle: bundle.to_string_lossy().into_owned(),
+            log_path: facts.record.log_path.clone(),
+            tty: config.tty,
+            stdin: config.stdin,
+            stdin_once: config.stdin_once,
+            oom_file: facts.record.oom_file.clone(),
+            cgroup_dir: facts.record.cgroup_dir.clone(),
+            // The end of a PID namespace's first process ends all others by itself.
+            kill_cgroup_on_exit: !own_pid_namespace,
+        };
+        let ctx = Arc::clone(&self.ctx);
+        let base = container.status.clone();
+        let key = id.clone();
+        let id = id.clone();
+        self.effect(
+            async move {
+                // The shim gives up first, and says why.
+                let limit = ctx.settings.timeouts.runtime * 2;
+                let started = shim.started(request::Body::Start(body), Vec::new(), limit).await;
+                let state = after_start(&started);
+                let mut status = base;
+                crate::records::set_container_state(&mut status, &state);
+                let copy = status.clone();
+                let recorded =
+                    blocking(move || ctx.records.put_container_status(&key, &copy)).await;
+                (started, status, recorded)
+            },
+            move |driver, (started, status, recorded)| {
+                driver.finish_start(&id, started, status, recorded, reply);
+            },
+        );
+    }
+
+    fn finish_start(
+        &mut self,
+        id: &ContainerId,
+        started: Result<ProcessRef, Error>,
+        status: gantry_store::record::ContainerStatus,
+        recorded: Result<(), Error>,
+        reply: Reply<()>,
+    ) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        container.busy = None;
+        container.set_status(status);
+        let early_exit = container.early_exit.take();
+        self.publish();
+        let outcome = match started {
+            Ok(_) => recorded,
+            Err(Error::Failed { message, kind, .. }) => {
+                Err(Error::Failed { step: "start container", kind, message })
+            }
+            Err(error) => Err(error),
+        };
+        let _ = reply.send(outcome);
+        if let Some(exit) = early_exit {
+            let exit = v1::ExitRecord {
+                code: exit.code,
+                finished_at: exit.finished_at,
+                oom_killed: exit.oom_killed,
+            };
+            self.container_exited(id, &exit);
+        }
+    }
+}
+
+/// The state that the outcome of a start leads to.
+fn after_start(started: &Result<ProcessRef, Error>) -> ContainerState {
+    let failed = |message: String| ContainerState::Exited {
+        exit: Exit {
+            code: START_FAILED,
+            finished_at: now_ns(),
+            oom_killed: false,
+            reason: Exit::START_ERROR.to_owned(),
+            message,
+        },
+        started_at: 0,
+    };
+    match started {
+        Ok(process) => ContainerState::Running { process: *process, started_at: now_ns() },
+        // The shim may have started it and died before it could say so.
+        Err(Error::Shim { reason, .. }) => ContainerState::Unknown { why: reason.clone() },
+        Err(Error::Failed { message, .. }) => failed(message.clone()),
+        Err(error) => failed(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_start_is_an_exit_and_a_lost_shim_is_not() {
+        let refused = Err(Error::Failed {
+            step: "shim",
+            kind: gantry_types::ErrorKind::Unknown,
+            message: "exec: \"nope\": executable file not found".into(),
+        });
+        match after_start(&refused) {
+            ContainerState::Exited { exit, started_at: 0 } => {
+                assert_eq!((exit.code, exit.cri_reason()), (128, "StartError"));
+                assert!(exit.message.contains("nope"));
+            }
+            other => panic!("{other:?}"),
+        }
+        let lost = Err(Error::Shim { pod: "p".into(), reason: "gone".into() });
+        assert!(matches!(after_start(&lost), ContainerState::Unknown { .. }));
+    }
+}

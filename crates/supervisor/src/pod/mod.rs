@@ -1,0 +1,348 @@
+//! The driver of one pod: a task that owns the pod's state and its shim's connection.
+//!
+//! Requests, shim events and finished effects arrive in one mailbox and are handled one after the
+//! other without awaiting. Whatever takes time (runtime calls, plugins, disks) is an *effect*: a
+//! task of its own whose outcome comes back through the mailbox as a closure over the driver. So
+//! no lock is held across I/O, a stuck effect delays only its own object, and an effect outlives
+//! the client that asked for it.
+//!
+//! What is wanted (stopped, removed) is kept beside what is; [`Driver::advance`] compares the two
+//! after every message and begins the next effect. Starting, stopping and removing are therefore
+//! wishes in memory, never states in a record: after a crash the kubelet repeats them.
+
+mod files;
+mod requests;
+mod run;
+mod stop;
+mod teardown;
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::sync::Arc;
+
+use gantry_cri_api::v1 as cri;
+use gantry_shim_api::v1;
+use gantry_store::record;
+use gantry_types::{ContainerId, ContainerState, PodId, PodState, ProcessRef};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::container::Container;
+use crate::records::set_pod_state;
+use crate::registry::{ContainerFacts, PodFacts, PodName, PodView};
+use crate::shim::Shim;
+use crate::{Context, Error};
+
+pub(crate) use requests::{Awaited, Reply, Request};
+pub(crate) use run::{Asked, check, host_network};
+pub(crate) use teardown::{
+    delete_from_runtime, end_shim, kill, kill_cgroup, release_network, sweep,
+};
+
+/// Messages that may wait in a driver's mailbox before senders are made to wait.
+pub(crate) const MAILBOX: usize = 256;
+
+pub(crate) enum Msg {
+    Request(Request),
+    Event(v1::event::Body),
+    /// The connection to the shim ended; its process may live on.
+    Disconnected,
+    ShimExited,
+    /// An effect has ended.
+    Apply(Box<dyn FnOnce(&mut Driver) + Send>),
+}
+
+pub(crate) struct Driver {
+    pub(crate) ctx: Arc<Context>,
+    pub(crate) facts: Arc<PodFacts>,
+    pub(crate) status: record::PodStatus,
+    pub(crate) state: PodState,
+    pub(crate) shim: Option<Arc<Shim>>,
+    pub(crate) containers: BTreeMap<ContainerId, Container>,
+    pub(crate) container_names: HashMap<(String, u32), ContainerId>,
+    /// Callers of RunPodSandbox.
+    creating: Vec<Reply<Awaited>>,
+    /// Wish to be stopped, with who asked.
+    stop: Option<Vec<Reply<()>>>,
+    /// Wish to be removed.
+    remove: Option<Vec<Reply<()>>>,
+    /// What the pod itself (not one of its containers) is doing.
+    busy: Option<&'static str>,
+    ended: bool,
+    mailbox: mpsc::Sender<Msg>,
+}
+
+impl Driver {
+    pub(crate) fn new(
+        ctx: Arc<Context>,
+        facts: Arc<PodFacts>,
+        status: record::PodStatus,
+        state: PodState,
+        mailbox: mpsc::Sender<Msg>,
+    ) -> Self {
+        Self {
+            ctx,
+            facts,
+            status,
+            state,
+            shim: None,
+            containers: BTreeMap::new(),
+            container_names: HashMap::new(),
+            creating: Vec::new(),
+            stop: None,
+            remove: None,
+            busy: None,
+            ended: false,
+            mailbox,
+        }
+    }
+
+    /// Handles messages until the pod is removed.
+    pub(crate) async fn run(mut self, mut messages: mpsc::Receiver<Msg>) {
+        while let Some(message) = messages.recv().await {
+            match message {
+                Msg::Request(request) => self.request(request),
+                Msg::Event(event) => self.event(event),
+                Msg::Disconnected => self.disconnected(),
+                Msg::ShimExited => self.shim_exited(),
+                Msg::Apply(apply) => apply(&mut self),
+            }
+            self.advance();
+            if self.ended {
+                break;
+            }
+        }
+        // Whoever still sends finds the mailbox closed and answers NotFound.
+    }
+
+    pub(crate) fn id(&self) -> &PodId {
+        &self.facts.id
+    }
+
+    pub(crate) fn name(&self) -> PodName {
+        self.facts.config.metadata.as_ref().map(PodName::from).unwrap_or_else(|| PodName {
+            name: String::new(),
+            namespace: String::new(),
+            uid: String::new(),
+            attempt: 0,
+        })
+    }
+
+    pub(crate) fn mailbox(&self) -> mpsc::Sender<Msg> {
+        self.mailbox.clone()
+    }
+
+    /// Runs `work` beside the driver and `then` inside it.
+    pub(crate) fn effect<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+        then: impl FnOnce(&mut Driver, T) + Send + 'static,
+    ) {
+        let mailbox = self.mailbox.clone();
+        tokio::spawn(async move {
+            let outcome = work.await;
+            let apply = Box::new(move |driver: &mut Driver| then(driver, outcome));
+            // A closed mailbox means that the pod was removed meanwhile.
+            let _ = mailbox.send(Msg::Apply(apply)).await;
+        });
+    }
+
+    /// Runs blocking `work` beside the driver and `then` inside it. A panic in `work` becomes an
+    /// error: it must not leave the object busy for ever.
+    pub(crate) fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+        then: impl FnOnce(&mut Driver, Result<T, Error>) + Send + 'static,
+    ) {
+        self.effect(blocking(work), then);
+    }
+
+    /// Makes the present state visible to readers. A half-made pod stays hidden: nobody has its id.
+    pub(crate) fn publish(&self) {
+        if self.state == PodState::Creating {
+            return;
+        }
+        let containers = self
+            .containers
+            .values()
+            .filter(|container| container.state != ContainerState::Creating)
+            .map(|container| Arc::new(container.view()))
+            .collect();
+        self.ctx.registry.publish(PodView {
+            facts: Arc::clone(&self.facts),
+            state: self.state.clone(),
+            ips: self.status.ips.clone(),
+            network_result: self.status.network_result.clone(),
+            containers,
+        });
+    }
+
+    /// Changes the pod's state in memory and in the copy of the record that is flushed next.
+    pub(crate) fn set_state(&mut self, state: PodState) {
+        set_pod_state(&mut self.status, &state);
+        self.state = state;
+    }
+
+    /// Begins whatever the wishes still need.
+    fn advance(&mut self) {
+        let ids: Vec<_> = self.containers.keys().cloned().collect();
+        for id in ids {
+            self.advance_container(&id);
+        }
+        self.advance_pod();
+    }
+
+    fn event(&mut self, event: v1::event::Body) {
+        match event {
+            v1::event::Body::Exited(exited) => {
+                let Some(record) = exited.exit else { return };
+                if let Ok(id) = exited.container_id.parse::<ContainerId>() {
+                    self.container_exited(&id, &record);
+                }
+            }
+            v1::event::Body::HolderExited(_) => {
+                self.lose("the pod's holder process ended");
+            }
+            v1::event::Body::Oom(oom) => {
+                tracing::info!(pod = %self.id(), container = %oom.container_id, "out of memory");
+            }
+            // Delivered to whoever waits for it, never to the driver.
+            v1::event::Body::ExecExited(_) => {}
+        }
+    }
+
+    /// A shim that closed the connection and lives: it was taken over or it is broken. Connect
+    /// again; a shim that cannot be reached is killed, and its death is handled as such.
+    fn disconnected(&mut self) {
+        let Some(shim) = self.shim.clone() else { return };
+        if self.stop.is_some() || self.busy.is_some() {
+            return;
+        }
+        let ctx = Arc::clone(&self.ctx);
+        let id = self.id().clone();
+        let mailbox = self.mailbox();
+        self.effect(
+            async move {
+                let socket = ctx.records.dirs.socket(&id);
+                let limit = ctx.settings.timeouts.shim_call;
+                let connected = Shim::connect(&id, &socket, limit, mailbox).await;
+                if connected.is_err() {
+                    shim.kill();
+                }
+                connected
+            },
+            |driver, connected| match connected {
+                Ok((shim, _)) => {
+                    driver.shim = Some(shim);
+                    driver.resynchronise();
+                }
+                Err(error) => {
+                    tracing::warn!(pod = %driver.id(), %error, "shim cannot be reached again");
+                }
+            },
+        );
+    }
+
+    /// Asks the shim for what was missed while no connection stood.
+    fn resynchronise(&mut self) {
+        let Some(shim) = self.shim.clone() else { return };
+        let limit = self.ctx.settings.timeouts.shim_call;
+        self.effect(async move { shim.state(limit).await }, |driver, state| match state {
+            Ok(state) => {
+                for container in state.containers {
+                    let (Ok(id), Some(exit)) = (container.id.parse(), container.exit) else {
+                        continue;
+                    };
+                    driver.container_exited(&id, &exit);
+                }
+            }
+            Err(error) => tracing::warn!(pod = %driver.id(), %error, "shim state"),
+        });
+    }
+
+    fn shim_exited(&mut self) {
+        // A shim that was asked to end is no loss.
+        if self.shim.take().is_none() || self.busy == Some(stop::STOPPING) {
+            return;
+        }
+        self.lose("the pod's shim ended");
+        let running: Vec<_> = self
+            .containers
+            .iter()
+            .filter(|(_, container)| matches!(container.state, ContainerState::Running { .. }))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in running {
+            self.container_lost(&id, "the pod's shim ended");
+        }
+    }
+
+    /// The pod can no longer serve: the kubelet makes a new one only when the state flips.
+    fn lose(&mut self, reason: &str) {
+        if !self.state.is_ready() {
+            return;
+        }
+        tracing::warn!(pod = %self.id(), reason, "pod sandbox lost");
+        self.set_state(PodState::NotReady { reason: reason.to_owned() });
+        // Published at once: the kernel has spoken, and recovery would find the same.
+        self.publish();
+        let (ctx, id, status) = (Arc::clone(&self.ctx), self.id().clone(), self.status.clone());
+        self.blocking(
+            move || ctx.records.put_pod_status(&id, &status),
+            |driver, outcome| {
+                if let Err(error) = outcome {
+                    tracing::error!(pod = %driver.id(), %error, "loss of the pod not recorded");
+                }
+            },
+        );
+    }
+
+    /// Stopping or removing has been asked for.
+    pub(crate) fn ending(&self) -> bool {
+        self.stop.is_some() || self.remove.is_some()
+    }
+
+    pub(crate) fn pod_config(&self) -> &cri::PodSandboxConfig {
+        &self.facts.config
+    }
+
+    pub(crate) fn add_container(&mut self, facts: Arc<ContainerFacts>, container: Container) {
+        if let Some(metadata) = &facts.config.metadata {
+            self.container_names
+                .insert((metadata.name.clone(), metadata.attempt), facts.id.clone());
+        }
+        self.containers.insert(facts.id.clone(), container);
+    }
+
+    pub(crate) fn drop_container(&mut self, id: &ContainerId) {
+        self.containers.remove(id);
+        self.container_names.retain(|_, holder| holder != id);
+    }
+
+    /// The recorded shim process, for a pod whose shim cannot be reached by its socket.
+    pub(crate) fn recorded_shim(&self) -> Option<ProcessRef> {
+        self.status
+            .shim
+            .map(|process| ProcessRef { pid: process.pid, start_time: process.start_time })
+    }
+}
+
+/// Runs blocking work on a blocking thread; a panic there is an error here.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::internal("blocking work", error)))
+}
+
+/// Answers everyone who waits; one who is gone is no error.
+pub(crate) fn answer<T: Clone>(waiters: Vec<Reply<T>>, outcome: &Result<T, Error>) {
+    for waiter in waiters {
+        let _ = waiter.send(outcome.clone());
+    }
+}
+
+/// A reply channel whose other end waits for `Result<T, Error>`.
+pub(crate) fn reply<T>() -> (Reply<T>, oneshot::Receiver<Result<T, Error>>) {
+    oneshot::channel()
+}

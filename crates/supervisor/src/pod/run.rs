@@ -1,0 +1,381 @@
+//! RunPodSandbox: reserve, flush the intent, make, flush the result, publish, answer.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use gantry_cri_api::v1 as cri;
+use gantry_ports::network::{Attachment, Dns, PortMapping, Protocol};
+use gantry_shim_api::v1;
+use gantry_store::record;
+use gantry_types::{ErrorKind, PodState, ProcessRef};
+use tokio::sync::mpsc;
+
+use super::{Awaited, Driver, Msg, answer, blocking, files, teardown};
+use crate::registry::PodFacts;
+use crate::settings::Handler;
+use crate::shim::{PROTOCOL, Shim, spawn};
+use crate::undo::Undo;
+use crate::{Context, Error, failpoint};
+
+/// tmpfs shared by the pod's containers as /dev/shm.
+const SHM_BYTES: &str = "67108864";
+
+/// Applied in a pod's own network namespace unless the pod says otherwise, as containerd does:
+/// a container without capabilities may bind low ports and send pings.
+const DEFAULT_SYSCTLS: [(&str, &str); 2] =
+    [("net/ipv4/ip_unprivileged_port_start", "0"), ("net/ipv4/ping_group_range", "0 2147483647")];
+
+/// Namespaces that a pod asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub host_network: bool,
+    pub host_ipc: bool,
+    pub pid: cri::NamespaceMode,
+}
+
+impl Asked {
+    pub(crate) fn of(config: &cri::PodSandboxConfig) -> Self {
+        let options = config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.as_ref())
+            .and_then(|security| security.namespace_options.clone())
+            .unwrap_or_default();
+        Self {
+            host_network: options.network() == cri::NamespaceMode::Node,
+            host_ipc: options.ipc() == cri::NamespaceMode::Node,
+            pid: options.pid(),
+        }
+    }
+}
+
+/// Refuses what cannot be served, before anything is made.
+pub(crate) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    for (field, value) in [("name", &metadata.name), ("namespace", &metadata.namespace)] {
+        if value.is_empty() {
+            return Err(Error::Invalid {
+                field: format!("config.metadata.{field}"),
+                reason: "is empty".to_owned(),
+            });
+        }
+    }
+    // HOST_NAME_MAX; sethostname(2) would refuse it in the middle of the work.
+    if config.hostname.len() > 64 || config.hostname.contains(['/', '\0', '\n']) {
+        return Err(Error::Invalid {
+            field: "config.hostname".to_owned(),
+            reason: "is longer than 64 bytes or has a character that no host name has".to_owned(),
+        });
+    }
+    let options = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|security| security.namespace_options.as_ref());
+    let user = options.and_then(|options| options.userns_options.as_ref());
+    if user.is_some_and(|user| user.mode() == cri::NamespaceMode::Pod) {
+        return Err(Error::Failed {
+            step: "check request",
+            kind: ErrorKind::Unimplemented,
+            message: "namespace_options.userns_options: user namespaces are not served yet"
+                .to_owned(),
+        });
+    }
+    if options.is_some_and(|options| options.pid() == cri::NamespaceMode::Target) {
+        return Err(Error::Invalid {
+            field: "namespace_options.pid".to_owned(),
+            reason: "TARGET is for containers".to_owned(),
+        });
+    }
+    sysctls(config, Asked::of(config))?;
+    config.port_mappings.iter().filter(|m| m.host_port != 0).try_for_each(|mapping| {
+        port_mapping(mapping).map(drop)
+    })
+}
+
+pub(crate) fn host_network(config: &cri::PodSandboxConfig) -> bool {
+    Asked::of(config).host_network
+}
+
+/// A pod as the steps left it.
+struct Made {
+    shim: Arc<Shim>,
+    status: record::PodStatus,
+    state: PodState,
+}
+
+/// Why it was not made, and what could not be taken back.
+struct Failed {
+    error: Error,
+    left: Option<String>,
+}
+
+impl Driver {
+    /// Begins to make the pod; everybody in `creating` is answered when that has ended.
+    pub(crate) fn begin_run(&mut self) {
+        self.busy = Some("creating");
+        let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
+        let mailbox = self.mailbox();
+        self.effect(async move { make(&ctx, &facts, mailbox).await }, Self::finish_run);
+    }
+
+    fn finish_run(&mut self, outcome: Result<Made, Failed>) {
+        self.busy = None;
+        let waiters = std::mem::take(&mut self.creating);
+        match outcome {
+            Ok(made) => {
+                self.shim = Some(made.shim);
+                self.status = made.status;
+                self.state = made.state;
+                self.publish();
+                answer(waiters, &Ok(Awaited::Ready(self.id().clone())));
+            }
+            Err(Failed { error, left: None }) => {
+                self.ctx.registry.remove(&self.name(), self.id());
+                self.ended = true;
+                answer(waiters, &Err(error));
+            }
+            Err(Failed { error, left: Some(left) }) => {
+                tracing::error!(pod = %self.id(), %error, left, "a failed pod is left to be removed");
+                self.set_state(PodState::NotReady { reason: format!("{error}; {left}") });
+                self.ctx.registry.release_name(&self.name(), self.id());
+                self.publish();
+                answer(waiters, &Err(error));
+            }
+        }
+    }
+}
+
+async fn make(
+    ctx: &Arc<Context>,
+    facts: &Arc<PodFacts>,
+    mailbox: mpsc::Sender<Msg>,
+) -> Result<Made, Failed> {
+    let mut undo = Undo::default();
+    match steps(ctx, facts, mailbox, &mut undo).await {
+        Ok(made) => Ok(made),
+        Err(error) => match take_back(ctx, facts, undo).await {
+            Ok(()) => Err(Failed { error, left: None }),
+            Err(left) => {
+                let (ctx, id) = (Arc::clone(ctx), facts.id.clone());
+                let mut status = record::PodStatus {
+                    reason: format!("{error}; {left}"),
+                    ..Default::default()
+                };
+                status.set_phase(record::PodPhase::NotReady);
+                // The record of the intent stays either way, and is enough to clean up by.
+                if let Err(error) = blocking(move || ctx.records.put_pod_status(&id, &status)).await {
+                    tracing::error!(pod = %facts.id, %error, "failed pod not recorded as such");
+                }
+                Err(Failed { error, left: Some(left) })
+            }
+        },
+    }
+}
+
+/// The record goes last, and only when nothing is owed any more.
+async fn take_back(ctx: &Arc<Context>, facts: &Arc<PodFacts>, undo: Undo) -> Result<(), String> {
+    undo.run().await?;
+    let (ctx, id) = (Arc::clone(ctx), facts.id.clone());
+    blocking(move || ctx.records.forget_pod(&id)).await.map_err(|error| error.to_string())
+}
+
+async fn steps(
+    ctx: &Arc<Context>,
+    facts: &Arc<PodFacts>,
+    mailbox: mpsc::Sender<Msg>,
+    undo: &mut Undo,
+) -> Result<Made, Error> {
+    let id = &facts.id;
+    let handler = ctx.settings.handler(&facts.record.runtime_handler).ok_or_else(|| {
+        Error::Invalid { field: "runtime_handler".into(), reason: "no such handler".into() }
+    })?;
+    let bootstrap = bootstrap(ctx, facts, handler)?;
+
+    // Pushed before the effect: a step that failed midway is taken back as well.
+    undo.push("sweep", {
+        let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
+        async move { blocking(move || teardown::sweep(&ctx, &facts)).await }
+    });
+    blocking({
+        let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
+        let hostname = bootstrap_hostname(&bootstrap);
+        move || {
+            ctx.records.begin_pod(&facts.id, &facts.record)?;
+            files::write(&ctx.records.dirs.pod(&facts.id), &facts.config, &hostname)?;
+            make_shm(&ctx, &facts)?;
+            failpoint::at("pod::after-intent")
+        }
+    })
+    .await?;
+
+    undo.push("end shim", {
+        let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
+        async move { teardown::end_shim(&ctx, &facts, None, None).await }
+    });
+    let limit = ctx.settings.timeouts.shim_start;
+    let ready = spawn(&ctx.settings.shim, id, &bootstrap, limit).await?;
+    let holder = ready.holder.ok_or_else(|| Error::internal("start shim", "it has no holder"))?;
+    let holder = ProcessRef { pid: holder.pid, start_time: holder.start_time };
+    let socket = ctx.records.dirs.socket(id);
+    let limit = ctx.settings.timeouts.shim_call;
+    let (shim, _) = Shim::connect(id, &socket, limit, mailbox).await?;
+
+    failpoint::at("pod::after-shim")?;
+
+    let mut status = record::PodStatus::default();
+    if !facts.record.netns_path.is_empty() {
+        undo.push("release network", {
+            let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
+            let intent = facts.record.network_intent.clone();
+            async move { teardown::release_network(&ctx, &facts, &intent).await }
+        });
+        let attachment = attachment(facts, Some(Path::new(&facts.record.netns_path)))?;
+        let attached = ctx
+            .network
+            .attach(&attachment, &facts.record.network_intent)
+            .await
+            .map_err(Error::step("set up network"))?;
+        status.ips = attached.ips.iter().map(ToString::to_string).collect();
+        status.network_result = attached.raw;
+    }
+    failpoint::at("pod::after-network")?;
+
+    let state = PodState::Ready { shim: shim.process(), holder };
+    crate::records::set_pod_state(&mut status, &state);
+    blocking({
+        let (ctx, id, status) = (Arc::clone(ctx), id.clone(), status.clone());
+        move || {
+            ctx.records.put_pod_status(&id, &status)?;
+            failpoint::at("pod::after-result")
+        }
+    })
+    .await?;
+    Ok(Made { shim, status, state })
+}
+
+fn bootstrap_hostname(bootstrap: &v1::Bootstrap) -> String {
+    let own = bootstrap.holder.as_ref().map(|holder| holder.hostname.clone()).unwrap_or_default();
+    if own.is_empty() { node_name() } else { own }
+}
+
+fn node_name() -> String {
+    nix::unistd::gethostname()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_else(|_| "localhost".to_owned())
+}
+
+fn bootstrap(
+    ctx: &Context,
+    facts: &PodFacts,
+    handler: &Handler,
+) -> Result<v1::Bootstrap, Error> {
+    let asked = Asked::of(&facts.config);
+    let dirs = &ctx.records.dirs;
+    let hostname = if asked.host_network { String::new() } else { facts.config.hostname.clone() };
+    Ok(v1::Bootstrap {
+        protocol: PROTOCOL,
+        pod_id: facts.id.to_string(),
+        run_dir: path_text(&dirs.pod(&facts.id))?,
+        holder: Some(v1::Holder {
+            netns_path: facts.record.netns_path.clone(),
+            pin_dir: path_text(&dirs.pins(&facts.id))?,
+            new_ipc: !asked.host_ipc,
+            // The host's network comes with the host's name: both belong to the node.
+            new_uts: !asked.host_network,
+            new_pid: asked.pid == cri::NamespaceMode::Pod,
+            hostname,
+            sysctls: sysctls(&facts.config, asked)?,
+            cgroup_dirs: facts.record.cgroup_dirs.clone(),
+            uid_mappings: Vec::new(),
+            gid_mappings: Vec::new(),
+            oom_score_adj: ctx.settings.shim_oom_score_adj,
+        }),
+        runtime: Some(v1::Runtime {
+            binary: path_text(&handler.binary)?,
+            root: path_text(&handler.root)?,
+            systemd_cgroup: ctx.settings.cgroups.driver == crate::cgroup::Driver::Systemd,
+            timeout_ms: u32::try_from(ctx.settings.timeouts.runtime.as_millis()).unwrap_or(u32::MAX),
+        }),
+        oom_score_adj: ctx.settings.shim_oom_score_adj,
+    })
+}
+
+fn path_text(path: &Path) -> Result<String, Error> {
+    path.to_str().map(str::to_owned).ok_or_else(|| Error::Invalid {
+        field: "path".to_owned(),
+        reason: format!("{} is not UTF-8", path.display()),
+    })
+}
+
+fn sysctls(
+    config: &cri::PodSandboxConfig,
+    asked: Asked,
+) -> Result<BTreeMap<String, String>, Error> {
+    let mut all = BTreeMap::new();
+    if !asked.host_network {
+        all.extend(DEFAULT_SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+    let given = config.linux.as_ref().map(|linux| &linux.sysctls);
+    for (name, value) in given.into_iter().flatten() {
+        let path = gantry_spec::sysctl::validate(name, value, asked.host_network, asked.host_ipc)
+            .map_err(Error::step("check request"))?;
+        all.insert(path.to_string_lossy().into_owned(), value.clone());
+    }
+    Ok(all)
+}
+
+/// What the network plugin is told of a pod.
+pub(super) fn attachment(facts: &PodFacts, netns: Option<&Path>) -> Result<Attachment, Error> {
+    let metadata = facts.config.metadata.clone().unwrap_or_default();
+    let linux = facts.config.linux.clone().unwrap_or_default();
+    let mappings = facts.config.port_mappings.iter().filter(|mapping| mapping.host_port != 0);
+    Ok(Attachment {
+        pod: facts.id.clone(),
+        name: metadata.name,
+        namespace: metadata.namespace,
+        uid: metadata.uid,
+        netns: netns.map(Path::to_owned),
+        port_mappings: mappings.map(port_mapping).collect::<Result<_, _>>()?,
+        dns: facts.config.dns_config.as_ref().map(|dns| Dns {
+            servers: dns.servers.clone(),
+            searches: dns.searches.clone(),
+            options: dns.options.clone(),
+        }),
+        annotations: facts.config.annotations.clone(),
+        cgroup_parent: linux.cgroup_parent,
+    })
+}
+
+fn port_mapping(mapping: &cri::PortMapping) -> Result<PortMapping, Error> {
+    let port = |name: &str, value: i32| {
+        u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| Error::Invalid {
+            field: format!("port_mappings.{name}"),
+            reason: format!("{value} is not a port"),
+        })
+    };
+    Ok(PortMapping {
+        protocol: match mapping.protocol() {
+            cri::Protocol::Tcp => Protocol::Tcp,
+            cri::Protocol::Udp => Protocol::Udp,
+            cri::Protocol::Sctp => Protocol::Sctp,
+        },
+        container_port: port("container_port", mapping.container_port)?,
+        host_port: port("host_port", mapping.host_port)?,
+        host_ip: mapping.host_ip.clone(),
+    })
+}
+
+fn make_shm(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
+    use nix::mount::{MsFlags, mount};
+    if Asked::of(&facts.config).host_ipc {
+        return Ok(());
+    }
+    let path = ctx.records.dirs.shm(&facts.id);
+    crate::rundir::make_dir(&path).map_err(|error| Error::io("make /dev/shm", &path, &error))?;
+    let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let options = format!("mode=1777,size={SHM_BYTES}");
+    mount(Some("shm"), &path, Some("tmpfs"), flags, Some(options.as_str()))
+        .map_err(|error| Error::io("mount /dev/shm", &path, &error.into()))
+}

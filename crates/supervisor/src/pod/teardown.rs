@@ -1,0 +1,234 @@
+//! Taking a pod apart. Every step is idempotent and works without a shim, so that whoever finds a
+//! pod in whatever half-state can run all of them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use gantry_shim_api::v1::{self, request};
+use gantry_sys::pidfd::PidFd;
+use gantry_types::{ContainerId, ProcessRef};
+use nix::mount::{MntFlags, umount2};
+
+use super::{blocking, run};
+use crate::registry::PodFacts;
+use crate::shim::Shim;
+use crate::{Context, Error};
+
+/// Gives the network back. `raw` is the plugin's result, or the intent when there was none.
+pub(crate) async fn release_network(
+    ctx: &Arc<Context>,
+    facts: &Arc<PodFacts>,
+    raw: &[u8],
+) -> Result<(), Error> {
+    let path = Path::new(&facts.record.netns_path);
+    // A namespace that is gone took its interfaces along; addresses are still to be given back.
+    let netns = is_netns(path).then_some(path);
+    let attachment = run::attachment(facts, netns)?;
+    ctx.network.detach(&attachment, raw).await.map_err(Error::step("tear down network"))
+}
+
+/// Whether a namespace is mounted at `path`: an empty file is what a half-done pin leaves.
+fn is_netns(path: &Path) -> bool {
+    use nix::sys::statfs::{NSFS_MAGIC, statfs};
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
+}
+
+/// Ends a pod's shim and with it the holder: asks it first, then kills it.
+pub(crate) async fn end_shim(
+    ctx: &Arc<Context>,
+    facts: &Arc<PodFacts>,
+    shim: Option<Arc<Shim>>,
+    recorded: Option<ProcessRef>,
+) -> Result<(), Error> {
+    let limits = ctx.settings.timeouts;
+    let shim = match shim {
+        Some(shim) => Some(shim),
+        // A shim whose start was cut short is found by its socket.
+        None => {
+            let socket = ctx.records.dirs.socket(&facts.id);
+            let (mailbox, _closed) = tokio::sync::mpsc::channel(1);
+            Shim::connect(&facts.id, &socket, limits.shim_call, mailbox).await.ok().map(|(s, _)| s)
+        }
+    };
+    let process = shim.as_ref().map(|shim| shim.process()).or(recorded);
+    if let Some(shim) = &shim {
+        let body = request::Body::Shutdown(v1::Shutdown {});
+        if let Err(error) = shim.done(body, limits.kill).await {
+            tracing::warn!(pod = %facts.id, %error, "shim does not end when asked: it is killed");
+            shim.kill();
+        }
+    }
+    let Some(process) = process else { return Ok(()) };
+    if !wait_gone(process, Duration::from_secs(2)).await {
+        kill(process).map_err(|error| Error::internal("kill shim", error))?;
+        if !wait_gone(process, limits.kill).await {
+            return Err(Error::Deadline {
+                what: format!("end of shim process {}", process.pid),
+                seconds: limits.kill.as_secs(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// SIGKILL to exactly this process; one that has ended is success.
+pub(crate) fn kill(process: ProcessRef) -> std::io::Result<()> {
+    match PidFd::open_process(process).and_then(|pidfd| pidfd.signal(SIGKILL)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+const SIGKILL: i32 = 9;
+
+/// Waits until a process has ended; false when it has not.
+async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
+    let deadline = tokio::time::Instant::now() + limit;
+    let mut pause = Duration::from_micros(200);
+    while gantry_sys::process::alive(process) {
+        if tokio::time::Instant::now() >= deadline {
+            return false;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+    true
+}
+
+/// Removes what the shim would have removed, and the pod's own mounts: pins, the network
+/// namespace, /dev/shm, the holder's cgroups. Needs no shim and minds nothing that is gone.
+pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
+    let dirs = &ctx.records.dirs;
+    let mut failed = Vec::new();
+    let mut note = |outcome: Result<(), Error>| {
+        if let Err(error) = outcome {
+            failed.push(error.to_string());
+        }
+    };
+    let pins = dirs.pins(&facts.id);
+    match crate::rundir::names(&pins) {
+        Ok(names) => names.iter().for_each(|name| note(unpin(&pins.join(name)))),
+        Err(error) => note(Err(Error::io("list pins", &pins, &error))),
+    }
+    if !facts.record.netns_path.is_empty() {
+        note(unpin(Path::new(&facts.record.netns_path)));
+    }
+    note(unmount(&dirs.shm(&facts.id)));
+    for dir in &facts.record.cgroup_dirs {
+        note(remove_cgroup(Path::new(dir)));
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::internal("sweep", failed.join("; "))) }
+}
+
+/// Unmounts a pinned namespace and removes its file.
+fn unpin(path: &Path) -> Result<(), Error> {
+    unmount(path)?;
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("remove pin", path, &error)),
+    }
+}
+
+/// Unmounts; not mounted or not there is success. Lazily: a process elsewhere that still holds a
+/// file must not keep the pod from ending.
+fn unmount(path: &Path) -> Result<(), Error> {
+    use nix::errno::Errno;
+    match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(error) => Err(Error::io("unmount", path, &error.into())),
+    }
+}
+
+/// Removes an empty cgroup; absent is success. Its processes were killed a moment ago and may
+/// take the kernel another moment to leave.
+fn remove_cgroup(dir: &Path) -> Result<(), Error> {
+    let mut tries = 0;
+    loop {
+        match std::fs::remove_dir(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if tries == 50 => return Err(Error::io("remove cgroup", dir, &error)),
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+        tries += 1;
+    }
+}
+
+/// Kills every process of a cgroup and waits, bounded, until none is left. By cgroup.kill where
+/// the kernel has it; else by list until the list stays empty, as a fork may outrun one pass.
+pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
+    let deadline = std::time::Instant::now() + limit;
+    let kill = dir.join("cgroup.kill");
+    loop {
+        let pids = cgroup_pids(dir)?;
+        if pids.is_empty() {
+            return Ok(());
+        }
+        if std::time::Instant::now() >= deadline {
+            return Err(Error::internal(
+                "kill cgroup",
+                format!("{}: {} processes outlive SIGKILL", dir.display(), pids.len()),
+            ));
+        }
+        if kill.exists() {
+            std::fs::write(&kill, "1").map_err(|error| Error::io("kill cgroup", &kill, &error))?;
+        } else {
+            for pid in pids {
+                // Gone between the listing and now is what we want.
+                let _ = PidFd::open(pid).and_then(|process| process.signal(SIGKILL));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
+    let path: PathBuf = dir.join("cgroup.procs");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).collect()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        // A cgroup that is removed while it is read.
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => Ok(Vec::new()),
+        Err(error) => Err(Error::io("read cgroup", &path, &error)),
+    }
+}
+
+/// Removes a container from the OCI runtime when no shim is there to do it.
+pub(crate) async fn delete_from_runtime(
+    ctx: &Arc<Context>,
+    handler: &str,
+    id: &ContainerId,
+) -> Result<(), Error> {
+    let Some(handler) = ctx.settings.handler(handler).cloned() else {
+        // The handler was taken out of the configuration; its state is out of reach.
+        tracing::warn!(container = %id, handler, "no such handler: not deleted from the runtime");
+        return Ok(());
+    };
+    let (id, limit) = (id.clone(), ctx.settings.timeouts.runtime);
+    let bundle = ctx.records.dirs.container(&id);
+    let systemd = ctx.settings.cgroups.driver == crate::cgroup::Driver::Systemd;
+    blocking(move || {
+        let state = handler.root.join(id.as_str());
+        if !state.exists() {
+            return Ok(());
+        }
+        let runtime = gantry_runtime::Runtime {
+            root: Some(handler.root.clone()),
+            systemd_cgroup: systemd,
+            ..gantry_runtime::Runtime::new(&handler.binary)
+        };
+        let log = bundle.join("delete.log");
+        let call = runtime.delete(id.as_str(), true, &log);
+        let step = Error::step("delete from runtime");
+        let output = gantry_runtime::probe::run_to_completion(&call, limit).map_err(step)?;
+        // What counts is that its state is gone: a container that it never knew is an error to it.
+        if output.status.success() || !state.exists() {
+            return Ok(());
+        }
+        let message = gantry_runtime::log::last_error_in(&log).unwrap_or(output.stderr);
+        Err(Error::internal("delete from runtime", message))
+    })
+    .await
+}

@@ -1,0 +1,606 @@
+//! Finding everything again after a restart.
+//!
+//! What recovery assumes: while the daemon was down, shims may have gone on, ended or hung;
+//! containers may have exited, their exit written to the bundle; the machine may have rebooted,
+//! which empties the run directories and makes recorded pids meaningless; a record may lack its
+//! thing and a thing its record. The kernel and the shims win over records.
+//!
+//! [`reconcile`] decides, without I/O; the rest of this module observes and acts, pod by pod, in
+//! parallel and bounded in time. What cannot be read is reported and kept.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use gantry_cri_api::v1 as cri;
+use gantry_shim_api::v1;
+use gantry_store::record;
+use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRef};
+use prost::Message;
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::container::{Container, half_made, lost_exit, read_exit, remove_files};
+use crate::pod::{Driver, MAILBOX, Msg, blocking, end_shim, kill, release_network, sweep};
+use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
+use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
+use crate::rundir::{self, names, read_record};
+use crate::shim::Shim;
+use crate::{Context, Error};
+
+/// What a look at a pod's shim gave.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Observed {
+    /// It answers.
+    Shim { process: ProcessRef, holder: Option<ProcessRef>, containers: Vec<ObservedContainer> },
+    /// Its process is gone, or of an earlier boot.
+    Gone,
+    /// Its process lives and does not answer.
+    Hung,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObservedContainer {
+    pub id: String,
+    pub process: Option<ProcessRef>,
+    pub started_at: i64,
+    pub exit: Option<Exit>,
+}
+
+/// What is to be done with a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodAction {
+    /// It is as recorded; the shim, if any, is taken over.
+    Keep(PodState),
+    /// It was never acknowledged: take everything back and forget it.
+    Undo,
+    /// The shim lives but must not: kill it, then treat it as gone.
+    KillShim,
+}
+
+/// What is to be done with a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ContainerAction {
+    Keep(ContainerState),
+    Undo,
+    /// Nobody watches it any more: read the exit record, kill what is left.
+    Lost(&'static str),
+}
+
+/// What becomes of a pod, given its record and what was seen.
+pub fn reconcile_pod(recorded: &PodState, observed: &Observed) -> PodAction {
+    match (recorded, observed) {
+        (_, Observed::Hung) => PodAction::KillShim,
+        (PodState::Creating, _) => PodAction::Undo,
+        (PodState::Ready { .. }, Observed::Shim { process, holder: Some(holder), .. }) => {
+            PodAction::Keep(PodState::Ready { shim: *process, holder: *holder })
+        }
+        (PodState::Ready { .. }, Observed::Shim { holder: None, .. }) => PodAction::Keep(
+            PodState::NotReady { reason: "the pod's holder process ended".to_owned() },
+        ),
+        (PodState::Ready { .. }, Observed::Gone) => {
+            PodAction::Keep(PodState::NotReady { reason: "the pod's shim ended".to_owned() })
+        }
+        (PodState::NotReady { .. }, _) => PodAction::Keep(recorded.clone()),
+    }
+}
+
+/// What becomes of a container, given its record and what was seen of its pod's shim.
+pub fn reconcile_container(
+    id: &str,
+    recorded: &ContainerState,
+    observed: &Observed,
+) -> ContainerAction {
+    let seen = match observed {
+        Observed::Shim { containers, .. } => containers.iter().find(|seen| seen.id == id),
+        Observed::Gone | Observed::Hung => None,
+    };
+    match (recorded, seen) {
+        (ContainerState::Creating, _) => ContainerAction::Undo,
+        (ContainerState::Exited { .. }, _) => ContainerAction::Keep(recorded.clone()),
+        (
+            ContainerState::Created
+            | ContainerState::Running { .. }
+            | ContainerState::Unknown { .. },
+            Some(ObservedContainer { process, started_at, exit, .. }),
+        ) => {
+            // What was acknowledged stays: the start time is the one that was told.
+            let started_at = match recorded {
+                ContainerState::Running { started_at, .. } => *started_at,
+                _ => *started_at,
+            };
+            match (exit, process) {
+                (Some(exit), _) => {
+                    ContainerAction::Keep(ContainerState::Exited { exit: exit.clone(), started_at })
+                }
+                (None, Some(process)) => ContainerAction::Keep(ContainerState::Running {
+                    process: *process,
+                    started_at,
+                }),
+                // The shim is about to start it: the reply went to the daemon before us.
+                (None, None) => ContainerAction::Keep(recorded.clone()),
+            }
+        }
+        (ContainerState::Created, None) => ContainerAction::Keep(recorded.clone()),
+        (ContainerState::Running { .. }, None) => {
+            ContainerAction::Lost("it ended while nobody watched")
+        }
+        (ContainerState::Unknown { .. }, None) => {
+            ContainerAction::Lost("its state was unknown and its shim has gone")
+        }
+    }
+}
+
+/// Everything recorded of one pod.
+struct Recorded {
+    facts: Arc<PodFacts>,
+    status: record::PodStatus,
+    containers: Vec<(Arc<ContainerFacts>, record::ContainerStatus)>,
+}
+
+/// What recovery found, for the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub pods: usize,
+    pub containers: usize,
+    /// Records that could not be read and were kept.
+    pub unreadable: usize,
+    /// Things without a record that were removed.
+    pub orphans: usize,
+}
+
+/// Recovers all pods. `rebuild`: the store was lost and the run directories stand in for it.
+pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary, Error> {
+    let ctx_ = Arc::clone(ctx);
+    let (recorded, mut summary) = blocking(move || {
+        if rebuild {
+            restore_records(&ctx_)?;
+        }
+        load(&ctx_)
+    })
+    .await?;
+    summary.pods = recorded.len();
+    summary.containers = recorded.iter().map(|pod| pod.containers.len()).sum();
+
+    let limit = Arc::new(Semaphore::new(ctx.settings.recovery_parallelism.max(1)));
+    let mut tasks = tokio::task::JoinSet::new();
+    for pod in recorded {
+        let (ctx, limit) = (Arc::clone(ctx), Arc::clone(&limit));
+        tasks.spawn(async move {
+            let _permit = limit.acquire_owned().await;
+            recover_pod(&ctx, pod).await;
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        if let Err(panic) = done {
+            tracing::error!(%panic, "recovery of a pod was cut short; its records are kept");
+        }
+    }
+    let ctx_ = Arc::clone(ctx);
+    summary.orphans = blocking(move || Ok(remove_orphans(&ctx_))).await?;
+    Ok(summary)
+}
+
+/// Fills an empty store from the run directories.
+fn restore_records(ctx: &Context) -> Result<(), Error> {
+    let step = Error::step("rebuild store");
+    let dirs = &ctx.records.dirs;
+    let list = |dir: &std::path::Path| {
+        names(dir).map_err(|error| Error::io("rebuild store", dir, &error))
+    };
+    for name in list(&dirs.pods())? {
+        let Ok(id) = name.parse::<PodId>() else { continue };
+        let dir = dirs.pod(&id);
+        if let (Some(config), Some(status)) =
+            (read_record::<record::PodConfig>(&dir), read_record::<record::PodStatus>(&dir))
+        {
+            ctx.records.store.put_both(id.as_str(), &config, &status).map_err(&step)?;
+        }
+    }
+    for name in list(&dirs.containers())? {
+        let Ok(id) = name.parse::<ContainerId>() else { continue };
+        let dir = dirs.container(&id);
+        if let (Some(config), Some(status)) = (
+            read_record::<record::ContainerConfig>(&dir),
+            read_record::<record::ContainerStatus>(&dir),
+        ) {
+            ctx.records.store.put_both(id.as_str(), &config, &status).map_err(&step)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads all records; what cannot be read is reported and kept.
+fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
+    let step = Error::step("read records");
+    let store = &ctx.records.store;
+    let mut summary = Summary::default();
+    let mut report = |tree: &str, unreadable: Vec<(String, gantry_store::EnvelopeError)>| {
+        summary.unreadable += unreadable.len();
+        for (key, error) in unreadable {
+            tracing::error!(tree, key, %error, "a record cannot be read: it is kept and left alone");
+        }
+    };
+    let pods = store.scan::<record::PodConfig>().map_err(&step)?;
+    let statuses = store.scan::<record::PodStatus>().map_err(&step)?;
+    let containers = store.scan::<record::ContainerConfig>().map_err(&step)?;
+    let container_statuses = store.scan::<record::ContainerStatus>().map_err(&step)?;
+    report("pod-config", pods.unreadable);
+    report("pod-status", statuses.unreadable);
+    report("container-config", containers.unreadable);
+    report("container-status", container_statuses.unreadable);
+
+    let mut statuses: BTreeMap<_, _> = statuses.records.into_iter().collect();
+    let mut container_statuses: BTreeMap<_, _> = container_statuses.records.into_iter().collect();
+    let mut by_pod: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    for (key, config) in containers.records {
+        let status = container_statuses.remove(&key).unwrap_or_default();
+        match container_facts(config) {
+            Ok(facts) => {
+                by_pod.entry(facts.pod.to_string()).or_default().push((Arc::new(facts), status));
+            }
+            Err(error) => tracing::error!(key, %error, "container record kept and left alone"),
+        }
+    }
+    let mut recorded = Vec::new();
+    for (key, config) in pods.records {
+        let status = statuses.remove(&key).unwrap_or_default();
+        let containers = by_pod.remove(&key).unwrap_or_default();
+        match pod_facts(config) {
+            Ok(facts) => recorded.push(Recorded { facts: Arc::new(facts), status, containers }),
+            Err(error) => tracing::error!(key, %error, "pod record kept and left alone"),
+        }
+    }
+    for (pod, containers) in by_pod {
+        tracing::error!(pod, containers = containers.len(), "containers of a pod without a record");
+    }
+    Ok((recorded, summary))
+}
+
+pub(crate) fn pod_facts(record: record::PodConfig) -> Result<PodFacts, String> {
+    let id = record.id.parse().map_err(|error| format!("{error}"))?;
+    let config = cri::PodSandboxConfig::decode(record.cri_config.as_slice())
+        .map_err(|error| error.to_string())?;
+    Ok(PodFacts { id, config, record })
+}
+
+fn container_facts(record: record::ContainerConfig) -> Result<ContainerFacts, String> {
+    let id = record.id.parse().map_err(|error| format!("{error}"))?;
+    let pod = record.pod_id.parse().map_err(|error| format!("{error}"))?;
+    let config = cri::ContainerConfig::decode(record.cri_config.as_slice())
+        .map_err(|error| error.to_string())?;
+    Ok(ContainerFacts { id, pod, config, record })
+}
+
+async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
+    let (mailbox, messages) = mpsc::channel(MAILBOX);
+    let (shim, mut observed) = observe(ctx, &pod, &mailbox).await;
+    let recorded = pod_state(&pod.status);
+    let mut action = reconcile_pod(&recorded, &observed);
+    let mut shim = shim;
+    if action == PodAction::KillShim {
+        tracing::error!(pod = %pod.facts.id, "shim hung: it is killed and its containers with it");
+        if let Some(process) = process_of(&pod.status) {
+            if let Err(error) = kill(process) {
+                tracing::error!(pod = %pod.facts.id, %error, "hung shim");
+            }
+        }
+        shim = None;
+        observed = Observed::Gone;
+        action = reconcile_pod(&recorded, &observed);
+    }
+    let state = match action {
+        PodAction::Undo => {
+            if let Err(error) = undo_pod(ctx, &pod, shim.take()).await {
+                tracing::error!(pod = %pod.facts.id, %error, "half-made pod is left to be removed");
+                PodState::NotReady { reason: format!("half made; {error}") }
+            } else {
+                tracing::info!(pod = %pod.facts.id, "half-made pod taken back");
+                return;
+            }
+        }
+        PodAction::Keep(state) => state,
+        PodAction::KillShim => PodState::NotReady { reason: "its shim hung".to_owned() },
+    };
+    adopt(ctx, pod, state, shim, &observed, mailbox, messages).await;
+}
+
+fn process_of(status: &record::PodStatus) -> Option<ProcessRef> {
+    status.shim.map(|process| ProcessRef { pid: process.pid, start_time: process.start_time })
+}
+
+async fn observe(
+    ctx: &Arc<Context>,
+    pod: &Recorded,
+    mailbox: &mpsc::Sender<Msg>,
+) -> (Option<Arc<Shim>>, Observed) {
+    let same_boot = pod.facts.record.boot_id == ctx.settings.boot_id;
+    if !same_boot {
+        return (None, Observed::Gone);
+    }
+    let limit = ctx.settings.timeouts.recovery;
+    let socket = ctx.records.dirs.socket(&pod.facts.id);
+    let look = async {
+        let (shim, hello) =
+            Shim::connect(&pod.facts.id, &socket, limit, mailbox.clone()).await?;
+        let state = shim.state(limit).await?;
+        Ok::<_, Error>((shim, hello, state))
+    };
+    match tokio::time::timeout(limit, look).await {
+        Ok(Ok((shim, _, state))) => {
+            let process = shim.process();
+            let observed = Observed::Shim {
+                process,
+                holder: state.holder.map(process_ref),
+                containers: state.containers.into_iter().map(observed_container).collect(),
+            };
+            (Some(shim), observed)
+        }
+        Ok(Err(error)) => match process_of(&pod.status) {
+            Some(process) if gantry_sys::process::alive(process) => {
+                tracing::warn!(pod = %pod.facts.id, %error, "shim lives and does not answer");
+                (None, Observed::Hung)
+            }
+            Some(_) | None => (None, Observed::Gone),
+        },
+        Err(_) => (None, Observed::Hung),
+    }
+}
+
+fn process_ref(process: v1::Process) -> ProcessRef {
+    ProcessRef { pid: process.pid, start_time: process.start_time }
+}
+
+fn observed_container(state: v1::ContainerState) -> ObservedContainer {
+    ObservedContainer {
+        id: state.id,
+        process: state.process.map(process_ref),
+        started_at: state.started_at,
+        exit: state.exit.map(|exit| Exit {
+            code: exit.code,
+            finished_at: exit.finished_at,
+            oom_killed: exit.oom_killed,
+            reason: String::new(),
+            message: String::new(),
+        }),
+    }
+}
+
+/// Takes a pod back that was never acknowledged.
+async fn undo_pod(
+    ctx: &Arc<Context>,
+    pod: &Recorded,
+    shim: Option<Arc<Shim>>,
+) -> Result<(), Error> {
+    if !pod.facts.record.netns_path.is_empty() {
+        release_network(ctx, &pod.facts, &pod.facts.record.network_intent).await?;
+    }
+    end_shim(ctx, &pod.facts, shim, process_of(&pod.status)).await?;
+    let (ctx, facts) = (Arc::clone(ctx), Arc::clone(&pod.facts));
+    blocking(move || {
+        sweep(&ctx, &facts)?;
+        ctx.records.forget_pod(&facts.id)
+    })
+    .await
+}
+
+/// Gives a pod its driver back.
+async fn adopt(
+    ctx: &Arc<Context>,
+    pod: Recorded,
+    state: PodState,
+    shim: Option<Arc<Shim>>,
+    observed: &Observed,
+    mailbox: mpsc::Sender<Msg>,
+    messages: mpsc::Receiver<Msg>,
+) {
+    let id = pod.facts.id.clone();
+    let mut status = pod.status;
+    let changed = pod_state(&status) != state;
+    set_pod_state(&mut status, &state);
+    if changed {
+        let (ctx, id, status) = (Arc::clone(ctx), id.clone(), status.clone());
+        if let Err(error) = blocking(move || ctx.records.put_pod_status(&id, &status)).await {
+            tracing::error!(%error, "recovered pod state not recorded");
+        }
+    }
+    let mut driver =
+        Driver::new(Arc::clone(ctx), Arc::clone(&pod.facts), status, state, mailbox.clone());
+    driver.shim = shim;
+    for (facts, status) in pod.containers {
+        if let Some(container) = recover_container(ctx, facts, status, observed).await {
+            driver.add_container(Arc::clone(&container.facts), container);
+        }
+    }
+    if let Some(metadata) = &pod.facts.config.metadata {
+        let config_hash = pod.facts.record.config_hash.as_slice().try_into().unwrap_or_default();
+        let reserved = Reserved { id, config_hash };
+        ctx.registry.adopt(PodName::from(metadata), reserved, mailbox);
+    }
+    driver.publish();
+    tokio::spawn(driver.run(messages));
+}
+
+async fn recover_container(
+    ctx: &Arc<Context>,
+    facts: Arc<ContainerFacts>,
+    mut status: record::ContainerStatus,
+    observed: &Observed,
+) -> Option<Container> {
+    let recorded = container_state(&status);
+    // The bundle's exit record is read even when the shim has gone: it was written first.
+    let bundle = ctx.records.dirs.container(&facts.id);
+    let state = match reconcile_container(facts.id.as_str(), &recorded, observed) {
+        ContainerAction::Keep(state) => state,
+        ContainerAction::Undo => {
+            let (ctx_, id) = (Arc::clone(ctx), facts.id.clone());
+            match blocking(move || remove_files(&ctx_, &id)).await {
+                Ok(()) => return None,
+                Err(error) => half_made(format!("half made; {error}")),
+            }
+        }
+        ContainerAction::Lost(why) => {
+            let same_boot = facts.record.boot_id == ctx.settings.boot_id;
+            let exit = match read_exit(&bundle) {
+                Some(exit) => exit,
+                None if same_boot => lost_exit(ctx, Arc::clone(&facts), why).await,
+                // Of an earlier boot: nothing is left to kill, and a cgroup of that name is new.
+                None => Exit {
+                    code: 137,
+                    finished_at: crate::clock::now_ns(),
+                    oom_killed: false,
+                    reason: Exit::UNKNOWN.to_owned(),
+                    message: "the machine was restarted".to_owned(),
+                },
+            };
+            ContainerState::Exited { exit, started_at: status.started_at }
+        }
+    };
+    if state != recorded {
+        set_container_state(&mut status, &state);
+        let (ctx_, id, copy) = (Arc::clone(ctx), facts.id.clone(), status.clone());
+        if let Err(error) = blocking(move || ctx_.records.put_container_status(&id, &copy)).await {
+            tracing::error!(container = %facts.id, %error, "recovered state not recorded");
+        }
+    }
+    Some(Container::new(facts, status))
+}
+
+/// Removes things of ours that no record names: directories, snapshots, network namespaces. Kept
+/// when a record that cannot be read may belong to them.
+fn remove_orphans(ctx: &Context) -> usize {
+    let dirs = &ctx.records.dirs;
+    let store = &ctx.records.store;
+    let known_pod = |id: &PodId| !matches!(store.get::<record::PodConfig>(id.as_str()), Ok(None));
+    let known_container = |id: &ContainerId| {
+        !matches!(store.get::<record::ContainerConfig>(id.as_str()), Ok(None))
+    };
+    let mut removed = 0;
+    let mut note = |what: &str, name: &str, outcome: Result<(), String>| match outcome {
+        Ok(()) => {
+            removed += 1;
+            tracing::info!(what, name, "removed: no record names it");
+        }
+        Err(error) => tracing::error!(what, name, error, "orphan stays"),
+    };
+    for name in names(&dirs.containers()).unwrap_or_default() {
+        let Ok(id) = name.parse::<ContainerId>() else { continue };
+        if !known_container(&id) {
+            let outcome = ctx
+                .snapshotter
+                .unmount(&dirs.rootfs(&id))
+                .map_err(|error| error.to_string())
+                .and_then(|()| {
+                    rundir::remove_dir(&dirs.container(&id)).map_err(|error| error.to_string())
+                });
+            note("container directory", id.as_str(), outcome);
+        }
+    }
+    match ctx.snapshotter.snapshots() {
+        Ok(snapshots) => {
+            for id in snapshots.iter().filter(|id| !known_container(id)) {
+                let outcome = ctx.snapshotter.remove(id).map_err(|error| error.to_string());
+                note("snapshot", id.as_str(), outcome);
+            }
+        }
+        Err(error) => tracing::error!(%error, "snapshots cannot be listed"),
+    }
+    let pods = names(&dirs.pods()).unwrap_or_default();
+    let pods = pods.iter().filter_map(|name| name.parse::<PodId>().ok());
+    let pinned = dirs.pinned_netns().unwrap_or_default();
+    for id in pods.chain(pinned) {
+        if !known_pod(&id) {
+            let facts = PodFacts {
+                id: id.clone(),
+                config: cri::PodSandboxConfig::default(),
+                record: record::PodConfig {
+                    netns_path: dirs.netns(&id).to_string_lossy().into_owned(),
+                    ..Default::default()
+                },
+            };
+            let outcome = sweep(ctx, &facts)
+                .and_then(|()| rundir::remove_dir(&dirs.pod(&id)))
+                .map_err(|error| error.to_string());
+            note("pod directory", id.as_str(), outcome);
+        }
+    }
+    removed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIM: ProcessRef = ProcessRef { pid: 10, start_time: 100 };
+    const HOLDER: ProcessRef = ProcessRef { pid: 11, start_time: 101 };
+    const INIT: ProcessRef = ProcessRef { pid: 12, start_time: 102 };
+
+    fn exit(code: i32) -> Exit {
+        Exit {
+            code,
+            finished_at: 9,
+            oom_killed: false,
+            reason: String::new(),
+            message: String::new(),
+        }
+    }
+
+    fn shim(holder: bool, containers: Vec<ObservedContainer>) -> Observed {
+        Observed::Shim { process: SHIM, holder: holder.then_some(HOLDER), containers }
+    }
+
+    fn seen(process: Option<ProcessRef>, exit: Option<Exit>) -> Vec<ObservedContainer> {
+        vec![ObservedContainer { id: "c".into(), process, started_at: 5, exit }]
+    }
+
+    #[test]
+    fn pods() {
+        let ready = PodState::Ready { shim: SHIM, holder: HOLDER };
+        let stopped = PodState::NotReady { reason: "stopped".into() };
+        let not_ready = |action: PodAction| match action {
+            PodAction::Keep(PodState::NotReady { reason }) => reason,
+            other => panic!("{other:?}"),
+        };
+        // record, observed -> action
+        assert_eq!(reconcile_pod(&ready, &shim(true, vec![])), PodAction::Keep(ready.clone()));
+        assert!(not_ready(reconcile_pod(&ready, &shim(false, vec![]))).contains("holder"));
+        assert!(not_ready(reconcile_pod(&ready, &Observed::Gone)).contains("shim"));
+        assert_eq!(reconcile_pod(&ready, &Observed::Hung), PodAction::KillShim);
+        for observed in [shim(true, vec![]), shim(false, vec![]), Observed::Gone] {
+            assert_eq!(reconcile_pod(&PodState::Creating, &observed), PodAction::Undo);
+            assert_eq!(not_ready(reconcile_pod(&stopped, &observed)), "stopped");
+        }
+        assert_eq!(reconcile_pod(&PodState::Creating, &Observed::Hung), PodAction::KillShim);
+    }
+
+    #[test]
+    fn containers() {
+        let running = ContainerState::Running { process: INIT, started_at: 3 };
+        let exited = ContainerState::Exited { exit: exit(7), started_at: 3 };
+        let unknown = ContainerState::Unknown { why: "lost".into() };
+        let keep = ContainerAction::Keep;
+        let look = |state: &ContainerState, observed: &Observed| {
+            reconcile_container("c", state, observed)
+        };
+        let alive = shim(true, seen(Some(INIT), None));
+        let dead = shim(true, seen(Some(INIT), Some(exit(7))));
+        let absent = shim(true, vec![]);
+
+        assert_eq!(look(&running, &alive), keep(running.clone()), "the start time that was told");
+        assert_eq!(look(&running, &dead), keep(exited.clone()), "exited while we were down");
+        assert!(matches!(look(&running, &absent), ContainerAction::Lost(_)));
+        assert!(matches!(look(&running, &Observed::Gone), ContainerAction::Lost(_)));
+
+        let started = ContainerState::Running { process: INIT, started_at: 5 };
+        assert_eq!(look(&ContainerState::Created, &alive), keep(started.clone()), "reply lost");
+        assert_eq!(look(&unknown, &alive), keep(started));
+        let ended = ContainerState::Exited { exit: exit(7), started_at: 5 };
+        assert_eq!(look(&ContainerState::Created, &dead), keep(ended));
+        assert_eq!(look(&ContainerState::Created, &absent), keep(ContainerState::Created));
+        assert_eq!(look(&ContainerState::Created, &Observed::Gone), keep(ContainerState::Created));
+
+        for observed in [alive, dead, absent, Observed::Gone] {
+            assert_eq!(look(&exited, &observed), keep(exited.clone()));
+            assert_eq!(look(&ContainerState::Creating, &observed), ContainerAction::Undo);
+        }
+        assert!(matches!(look(&unknown, &Observed::Gone), ContainerAction::Lost(_)));
+    }
+}

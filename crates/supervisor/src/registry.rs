@@ -1,0 +1,252 @@
+//! What readers see: immutable views that the drivers publish. Status and List answer from here
+//! and never wait for a driver, a shim or a disk.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Bound;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use gantry_cri_api::v1 as cri;
+use gantry_store::record;
+use gantry_types::{ContainerId, ContainerState, PodId, PodState};
+use tokio::sync::mpsc;
+
+use crate::Error;
+use crate::pod::Msg;
+
+/// What a pod was asked to be; never changes.
+#[derive(Debug)]
+pub struct PodFacts {
+    pub id: PodId,
+    pub config: cri::PodSandboxConfig,
+    pub record: record::PodConfig,
+}
+
+/// What a container was asked to be; never changes.
+#[derive(Debug)]
+pub struct ContainerFacts {
+    pub id: ContainerId,
+    pub pod: PodId,
+    pub config: cri::ContainerConfig,
+    pub record: record::ContainerConfig,
+}
+
+#[derive(Clone, Debug)]
+pub struct PodView {
+    pub facts: Arc<PodFacts>,
+    pub state: PodState,
+    /// Primary first; empty with host network.
+    pub ips: Vec<String>,
+    /// Raw result of the network plugin.
+    pub network_result: Vec<u8>,
+    pub containers: Vec<Arc<ContainerView>>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ContainerView {
+    pub facts: Arc<ContainerFacts>,
+    pub state: ContainerState,
+    pub resources: Option<cri::LinuxContainerResources>,
+    pub user: Option<record::User>,
+}
+
+/// A pod sandbox's name: what the kubelet repeats when it repeats a call.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PodName {
+    pub name: String,
+    pub namespace: String,
+    pub uid: String,
+    pub attempt: u32,
+}
+
+impl From<&cri::PodSandboxMetadata> for PodName {
+    fn from(metadata: &cri::PodSandboxMetadata) -> Self {
+        Self {
+            name: metadata.name.clone(),
+            namespace: metadata.namespace.clone(),
+            uid: metadata.uid.clone(),
+            attempt: metadata.attempt,
+        }
+    }
+}
+
+impl std::fmt::Display for PodName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}_{}_{}_{}", self.name, self.namespace, self.uid, self.attempt)
+    }
+}
+
+struct Entry {
+    mailbox: mpsc::Sender<Msg>,
+    /// `None` while half made: such a pod is reached by its name alone.
+    view: Option<Arc<PodView>>,
+}
+
+/// A name in use, and by what.
+#[derive(Clone, Debug)]
+pub struct Reserved {
+    pub id: PodId,
+    pub config_hash: [u8; 32],
+}
+
+#[derive(Default)]
+struct Maps {
+    pods: BTreeMap<PodId, Entry>,
+    containers: BTreeMap<ContainerId, PodId>,
+    names: HashMap<PodName, Reserved>,
+}
+
+/// The one index of pods and containers. Its lock is held for map look-ups alone.
+#[derive(Default)]
+pub struct Registry {
+    maps: RwLock<Maps>,
+}
+
+impl Registry {
+    fn read(&self) -> RwLockReadGuard<'_, Maps> {
+        self.maps.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Maps> {
+        self.maps.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a name for a new pod, or says who has it.
+    pub(crate) fn reserve(
+        &self,
+        name: PodName,
+        new: Reserved,
+        mailbox: mpsc::Sender<Msg>,
+    ) -> Result<(), Reserved> {
+        let mut maps = self.write();
+        if let Some(holder) = maps.names.get(&name) {
+            return Err(holder.clone());
+        }
+        maps.pods.insert(new.id.clone(), Entry { mailbox, view: None });
+        maps.names.insert(name, new);
+        Ok(())
+    }
+
+    /// Gives a name back, if `id` still has it.
+    pub(crate) fn release_name(&self, name: &PodName, id: &PodId) {
+        let mut maps = self.write();
+        if maps.names.get(name).is_some_and(|holder| holder.id == *id) {
+            maps.names.remove(name);
+        }
+    }
+
+    /// Adds a recovered pod; a name that two records claim stays with the first.
+    pub(crate) fn adopt(&self, name: PodName, pod: Reserved, mailbox: mpsc::Sender<Msg>) {
+        let mut maps = self.write();
+        maps.pods.insert(pod.id.clone(), Entry { mailbox, view: None });
+        maps.names.entry(name).or_insert(pod);
+    }
+
+    pub(crate) fn publish(&self, view: PodView) {
+        let mut maps = self.write();
+        let id = view.facts.id.clone();
+        let view = Arc::new(view);
+        maps.containers.retain(|_, pod| *pod != id);
+        for container in &view.containers {
+            maps.containers.insert(container.facts.id.clone(), id.clone());
+        }
+        if let Some(entry) = maps.pods.get_mut(&id) {
+            entry.view = Some(view);
+        }
+    }
+
+    pub(crate) fn remove(&self, name: &PodName, id: &PodId) {
+        let mut maps = self.write();
+        maps.pods.remove(id);
+        maps.containers.retain(|_, pod| pod != id);
+        if maps.names.get(name).is_some_and(|holder| holder.id == *id) {
+            maps.names.remove(name);
+        }
+    }
+
+    pub(crate) fn mailbox(&self, id: &PodId) -> Option<mpsc::Sender<Msg>> {
+        self.read().pods.get(id).map(|entry| entry.mailbox.clone())
+    }
+
+    /// Every pod that is complete enough to be listed.
+    pub fn pods(&self) -> Vec<Arc<PodView>> {
+        self.read().pods.values().filter_map(|entry| entry.view.clone()).collect()
+    }
+
+    /// The pod whose id is, or uniquely begins with, `id`.
+    pub fn pod(&self, id: &str) -> Result<Arc<PodView>, Error> {
+        let maps = self.read();
+        let visible = |(id, entry): (&PodId, &Entry)| {
+            entry.view.as_ref().map(|view| (id.as_str().to_owned(), Arc::clone(view)))
+        };
+        unique("pod sandbox", id, from(&maps.pods, id).filter_map(visible))
+    }
+
+    /// The container whose id is, or uniquely begins with, `id`, with its pod.
+    pub fn container(&self, id: &str) -> Result<(Arc<PodView>, Arc<ContainerView>), Error> {
+        let maps = self.read();
+        let (container, pod) = unique(
+            "container",
+            id,
+            from(&maps.containers, id).map(|(id, pod)| (id.as_str().to_owned(), (id, pod))),
+        )?;
+        let missing = || Error::NotFound { what: "container", id: id.to_owned() };
+        let view = maps.pods.get(pod).and_then(|entry| entry.view.clone()).ok_or_else(missing)?;
+        let found = view.containers.iter().find(|c| c.facts.id == *container).cloned();
+        Ok((view, found.ok_or_else(missing)?))
+    }
+}
+
+/// Entries from `prefix` on, in order. A prefix that is not an id's beginning finds what follows
+/// it, which `unique` then drops.
+fn from<'a, K: Ord + std::borrow::Borrow<str>, V>(
+    map: &'a BTreeMap<K, V>,
+    prefix: &'a str,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
+    map.range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
+}
+
+fn unique<T>(
+    what: &'static str,
+    prefix: &str,
+    entries: impl Iterator<Item = (String, T)>,
+) -> Result<T, Error> {
+    let mut matching = entries.take_while(|(id, _)| !prefix.is_empty() && id.starts_with(prefix));
+    let Some((id, found)) = matching.next() else {
+        return Err(Error::NotFound { what, id: prefix.chars().take(80).collect() });
+    };
+    if id != prefix && matching.next().is_some() {
+        return Err(Error::Ambiguous { what, prefix: prefix.to_owned() });
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_match_by_unique_prefix() {
+        let entries = |ids: &[&str]| ids.iter().map(|id| ((*id).to_owned(), ())).collect::<Vec<_>>();
+        let find = |prefix: &str, ids: &[&str]| unique("pod sandbox", prefix, entries(ids).into_iter());
+        assert!(find("ab", &["abc", "b"]).is_ok());
+        assert!(matches!(find("ab", &["abc", "abd"]), Err(Error::Ambiguous { .. })));
+        assert!(find("abc", &["abc", "abcd"]).is_ok());
+        assert!(matches!(find("", &["abc"]), Err(Error::NotFound { .. })));
+        assert!(matches!(find("x", &["xab"].map(|_| "y")), Err(Error::NotFound { .. })));
+    }
+
+    #[test]
+    fn a_name_is_held_by_one_pod() {
+        let registry = Registry::default();
+        let name = PodName { name: "n".into(), namespace: "s".into(), uid: "u".into(), attempt: 0 };
+        let reserved = |n: u8| Reserved { id: PodId::from_random([n; 32]), config_hash: [n; 32] };
+        let (mailbox, _receiver) = mpsc::channel(1);
+        registry.reserve(name.clone(), reserved(1), mailbox.clone()).unwrap();
+        let holder = registry.reserve(name.clone(), reserved(2), mailbox.clone()).unwrap_err();
+        assert_eq!(holder.id, reserved(1).id);
+        registry.release_name(&name, &reserved(2).id);
+        assert!(registry.reserve(name.clone(), reserved(2), mailbox.clone()).is_err());
+        registry.release_name(&name, &reserved(1).id);
+        registry.reserve(name, reserved(2), mailbox).unwrap();
+    }
+}

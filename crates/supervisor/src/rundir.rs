@@ -1,0 +1,206 @@
+//! Run directories: what describes a live pod or container without the store.
+//!
+//! ```text
+//! <state>/pods/<pod id>/            config status        sealed PodConfig, PodStatus
+//!                       shim.sock shim.log ns/           the shim's
+//!                       shm/                             tmpfs shared by the pod
+//!                       hostname hosts resolv.conf
+//! <state>/containers/<container id>/ config status       sealed ContainerConfig, ContainerStatus
+//!                       config.json                      the OCI bundle
+//!                       rootfs/                          mount point
+//!                       exit                             written by the shim
+//! <netns dir>/gantry-<pod id>                            pinned network namespace
+//! ```
+//!
+//! The directories are 0700: they hold secrets of pods (environment in config.json).
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use gantry_store::{Record, open_envelope, record, seal_envelope};
+use gantry_types::{ContainerId, PodId};
+
+use crate::Error;
+
+#[derive(Clone, Debug)]
+pub struct RunDirs {
+    state: PathBuf,
+    netns: PathBuf,
+}
+
+impl RunDirs {
+    pub fn new(state: &Path, netns: &Path) -> Self {
+        Self { state: state.to_owned(), netns: netns.to_owned() }
+    }
+
+    pub fn pods(&self) -> PathBuf {
+        self.state.join("pods")
+    }
+
+    pub fn containers(&self) -> PathBuf {
+        self.state.join("containers")
+    }
+
+    pub fn pod(&self, id: &PodId) -> PathBuf {
+        self.pods().join(id.as_str())
+    }
+
+    pub fn container(&self, id: &ContainerId) -> PathBuf {
+        self.containers().join(id.as_str())
+    }
+
+    pub fn socket(&self, id: &PodId) -> PathBuf {
+        self.pod(id).join("shim.sock")
+    }
+
+    pub fn pins(&self, id: &PodId) -> PathBuf {
+        self.pod(id).join("ns")
+    }
+
+    pub fn shm(&self, id: &PodId) -> PathBuf {
+        self.pod(id).join("shm")
+    }
+
+    pub fn rootfs(&self, id: &ContainerId) -> PathBuf {
+        self.container(id).join("rootfs")
+    }
+
+    pub fn netns(&self, id: &PodId) -> PathBuf {
+        self.netns.join(format!("{NETNS_PREFIX}{id}"))
+    }
+
+    /// Pods whose pinned network namespace lies in the netns directory.
+    pub fn pinned_netns(&self) -> io::Result<Vec<PodId>> {
+        names(&self.netns).map(|names| {
+            names
+                .iter()
+                .filter_map(|name| name.strip_prefix(NETNS_PREFIX)?.parse().ok())
+                .collect()
+        })
+    }
+
+    /// Makes the directories that all others lie in.
+    pub fn make(&self) -> io::Result<()> {
+        for dir in [&self.state, &self.pods(), &self.containers()] {
+            make_dir(dir)?;
+        }
+        fs::create_dir_all(&self.netns)
+    }
+}
+
+const NETNS_PREFIX: &str = "gantry-";
+
+/// Makes a directory that only root may enter; there already is success.
+pub fn make_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// File names in a directory; a directory that is absent has none.
+pub fn names(dir: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// Removes a run directory with all that is in it; absent is success. Mounts below it must be
+/// gone: a busy directory is an error, never a recursion into somebody's files.
+pub fn remove_dir(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("remove run directory", path, &error)),
+    }
+}
+
+/// A record that lives as a file in a run directory beside its copy in the store.
+pub trait RunRecord: Record {
+    const FILE: &'static str;
+}
+
+impl RunRecord for record::PodConfig {
+    const FILE: &'static str = "config";
+}
+impl RunRecord for record::PodStatus {
+    const FILE: &'static str = "status";
+}
+impl RunRecord for record::ContainerConfig {
+    const FILE: &'static str = "config";
+}
+impl RunRecord for record::ContainerStatus {
+    const FILE: &'static str = "status";
+}
+
+/// Writes a record file by temp file and rename, so that a reader never sees half of one. No
+/// fsync: the directory is a tmpfs and does not outlive the boot.
+pub fn write_record<R: RunRecord>(dir: &Path, record: &R) -> Result<(), Error> {
+    let path = dir.join(R::FILE);
+    write_file(&path, &seal_envelope(R::VERSION, record), 0o600)
+        .map_err(|error| Error::io("write record file", &path, &error))
+}
+
+/// Reads a record file; `None` when there is none or it cannot be read, which is logged: the
+/// store has the other copy.
+pub fn read_record<R: RunRecord>(dir: &Path) -> Option<R> {
+    let path = dir.join(R::FILE);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "record file cannot be read");
+            return None;
+        }
+    };
+    open_envelope(R::VERSION, &bytes)
+        .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "bad record file"))
+        .ok()
+}
+
+/// Writes a file by temp file and rename.
+pub fn write_file(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    use std::io::Write;
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let temp = PathBuf::from(name);
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&temp)?;
+    file.write_all(bytes)?;
+    drop(file);
+    fs::rename(&temp, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_file_is_read_back_and_a_damaged_one_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let status = record::PodStatus { reason: "why".into(), ..Default::default() };
+        write_record(dir.path(), &status).unwrap();
+        assert_eq!(read_record::<record::PodStatus>(dir.path()), Some(status));
+        fs::write(dir.path().join("status"), b"torn").unwrap();
+        assert_eq!(read_record::<record::PodStatus>(dir.path()), None);
+        assert_eq!(read_record::<record::PodConfig>(dir.path()), None);
+    }
+
+    #[test]
+    fn only_our_network_namespaces_are_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = RunDirs::new(&dir.path().join("state"), &dir.path().join("netns"));
+        dirs.make().unwrap();
+        let id = PodId::from_random([3; 32]);
+        fs::write(dirs.netns(&id), b"").unwrap();
+        fs::write(dir.path().join("netns/cni-1234"), b"").unwrap();
+        fs::write(dir.path().join("netns/gantry-notanid"), b"").unwrap();
+        assert_eq!(dirs.pinned_netns().unwrap(), [id]);
+    }
+}

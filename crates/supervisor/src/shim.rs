@@ -1,0 +1,424 @@
+//! The daemon's end of a shim: starting one, speaking to it, noticing its death.
+
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use gantry_shim_api::v1::{self, message, request};
+use gantry_shim_api::{Decoder, encode};
+use gantry_sys::pidfd::PidFd;
+use gantry_types::{ErrorKind, PodId, ProcessRef};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::Error;
+use crate::pod::Msg;
+
+/// Version of the protocol that this daemon speaks.
+pub const PROTOCOL: u32 = 1;
+
+/// Missed answers in a row after which a shim counts as hung and is killed.
+const MISSES_UNTIL_HUNG: u32 = 3;
+
+type Reply = Result<message::Body, Error>;
+
+struct Outgoing {
+    frame: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+/// A connection to a live shim. Cheap to share; requests may overlap.
+pub struct Shim {
+    pod: PodId,
+    process: ProcessRef,
+    pidfd: Arc<PidFd>,
+    outgoing: mpsc::Sender<Outgoing>,
+    waiting: Arc<Waiting>,
+    next_id: AtomicU64,
+    misses: AtomicU32,
+}
+
+impl std::fmt::Debug for Shim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shim({}, pid {})", self.pod.short(), self.process.pid)
+    }
+}
+
+/// Who waits for what on one connection.
+#[derive(Default)]
+struct Waiting {
+    replies: Mutex<HashMap<u64, oneshot::Sender<Reply>>>,
+    /// By exec id.
+    execs: Mutex<HashMap<String, oneshot::Sender<i32>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts a shim: one Bootstrap frame in, one Ready frame out. On error nothing is left running.
+pub async fn spawn(
+    binary: &Path,
+    pod: &PodId,
+    bootstrap: &v1::Bootstrap,
+    limit: Duration,
+) -> Result<v1::Ready, Error> {
+    const STEP: &str = "start shim";
+    let log_path = Path::new(&bootstrap.run_dir).join("shim.log");
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&log_path)
+        .map_err(|error| Error::io(STEP, &log_path, &error))?;
+    let mut child = tokio::process::Command::new(binary)
+        .arg(pod.as_str())
+        .env_clear()
+        .env("PATH", SHIM_PATH)
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .map_err(|error| Error::io(STEP, binary, &error))?;
+    let handshake = async {
+        let mut stdin = child.stdin.take().ok_or_else(|| Error::internal(STEP, "no stdin"))?;
+        let mut stdout = child.stdout.take().ok_or_else(|| Error::internal(STEP, "no stdout"))?;
+        let broken = |error: io::Error| Error::internal(STEP, error);
+        let frame = encode(bootstrap).map_err(|error| Error::internal(STEP, error))?;
+        stdin.write_all(&frame).await.map_err(broken)?;
+        let mut decoder = Decoder::default();
+        let mut buffer = [0; 1024];
+        loop {
+            let n = stdout.read(&mut buffer).await.map_err(broken)?;
+            if n == 0 {
+                return Err(Error::internal(STEP, "the shim ended before it was ready"));
+            }
+            let garbled = |error| Error::internal(STEP, error);
+            decoder.feed(&buffer[..n], Vec::new()).map_err(garbled)?;
+            if let Some(frame) = decoder.next::<v1::Ready>().map_err(garbled)? {
+                return Ok(frame.message);
+            }
+        }
+    };
+    let outcome = timeout(limit, handshake).await.unwrap_or_else(|_| {
+        Err(Error::Deadline { what: "start of the shim".into(), seconds: limit.as_secs() })
+    });
+    match outcome {
+        Ok(ready) if ready.error.is_empty() => Ok(ready),
+        Ok(ready) => Err(Error::internal(STEP, ready.error)),
+        Err(error) => {
+            if let Err(kill) = child.kill().await {
+                tracing::warn!(pod = %pod, error = %kill, "a shim that failed cannot be killed");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Where shim and runtime look for programs.
+const SHIM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+impl Shim {
+    /// Connects and says hello. Events and the news of the shim's death go to `mailbox`.
+    pub async fn connect(
+        pod: &PodId,
+        socket: &Path,
+        limit: Duration,
+        mailbox: mpsc::Sender<Msg>,
+    ) -> Result<(Arc<Self>, v1::HelloReply), Error> {
+        let lost = |reason: String| Error::Shim { pod: pod.to_string(), reason };
+        let connect = async {
+            UnixStream::connect(socket).await.map_err(|e| lost(format!("{}: {e}", socket.display())))
+        };
+        let stream = timeout(limit, connect)
+            .await
+            .map_err(|_| lost(format!("{}: no connection", socket.display())))??;
+        let credentials = stream.peer_cred().map_err(|e| lost(format!("peer: {e}")))?;
+        let pid = credentials.pid().ok_or_else(|| lost("peer has no pid".into()))?;
+        let pidfd = PidFd::open(pid).map_err(|error| lost(format!("pidfd of {pid}: {error}")))?;
+        let process = gantry_sys::process::process_ref(pid)
+            .map_err(|error| lost(format!("start time of {pid}: {error}")))?;
+
+        let (read, write) = stream.into_split();
+        let (outgoing, queue) = mpsc::channel(64);
+        let waiting = Arc::new(Waiting::default());
+        let pidfd = Arc::new(pidfd);
+        let shim = Arc::new(Self {
+            pod: pod.clone(),
+            process,
+            pidfd: Arc::clone(&pidfd),
+            outgoing,
+            waiting: Arc::clone(&waiting),
+            next_id: AtomicU64::new(1),
+            misses: AtomicU32::new(0),
+        });
+        tokio::spawn(write_frames(write, queue));
+        tokio::spawn(read_frames(read, waiting, mailbox.clone()));
+        tokio::spawn(watch(pidfd, mailbox));
+        let hello = v1::Hello {
+            protocol: PROTOCOL,
+            daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        match shim.call(request::Body::Hello(hello), limit).await? {
+            message::Body::Hello(reply) if reply.pod_id == pod.as_str() => Ok((shim, reply)),
+            message::Body::Hello(reply) => {
+                Err(lost(format!("the socket is that of pod {}", reply.pod_id)))
+            }
+            other => Err(unexpected(pod, &other)),
+        }
+    }
+
+    pub fn process(&self) -> ProcessRef {
+        self.process
+    }
+
+    /// Sends a request and waits for its answer.
+    pub async fn call(&self, body: request::Body, limit: Duration) -> Reply {
+        self.call_with_fds(body, Vec::new(), limit).await
+    }
+
+    /// As `call`; `fds` travel with the frame.
+    pub async fn call_with_fds(
+        &self,
+        body: request::Body,
+        fds: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Reply {
+        let lost = |reason: &str| Error::Shim { pod: self.pod.to_string(), reason: reason.into() };
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let frame = encode(&v1::Request { id, body: Some(body) })
+            .map_err(|error| Error::internal("encode shim request", error))?;
+        let (reply, answer) = oneshot::channel();
+        lock(&self.waiting.replies).insert(id, reply);
+        let exchange = async {
+            self.outgoing
+                .send(Outgoing { frame, fds })
+                .await
+                .map_err(|_| lost("the connection is closed"))?;
+            answer.await.map_err(|_| lost("the connection was lost"))?
+        };
+        match timeout(limit, exchange).await {
+            Ok(reply) => {
+                self.misses.store(0, Ordering::Relaxed);
+                reply
+            }
+            Err(_) => {
+                lock(&self.waiting.replies).remove(&id);
+                let misses = self.misses.fetch_add(1, Ordering::Relaxed) + 1;
+                if misses >= MISSES_UNTIL_HUNG {
+                    tracing::error!(pod = %self.pod, misses, "the shim is hung: it is killed");
+                    self.kill();
+                }
+                Err(Error::Shim {
+                    pod: self.pod.to_string(),
+                    reason: format!("no answer within {} s", limit.as_secs()),
+                })
+            }
+        }
+    }
+
+    /// A request whose answer is Done.
+    pub async fn done(&self, body: request::Body, limit: Duration) -> Result<(), Error> {
+        match self.call(body, limit).await? {
+            message::Body::Done(_) => Ok(()),
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    /// A request whose answer is a process.
+    pub async fn started(
+        &self,
+        body: request::Body,
+        fds: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<ProcessRef, Error> {
+        match self.call_with_fds(body, fds, limit).await? {
+            message::Body::Started(process) => {
+                Ok(ProcessRef { pid: process.pid, start_time: process.start_time })
+            }
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    pub async fn state(&self, limit: Duration) -> Result<v1::StateReply, Error> {
+        match self.call(request::Body::State(v1::State {}), limit).await? {
+            message::Body::State(state) => Ok(state),
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    /// The exit code of an exec, once it ends. Call before the exec is requested.
+    pub fn exec_exit(&self, exec_id: &str) -> oneshot::Receiver<i32> {
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.waiting.execs).insert(exec_id.to_owned(), sender);
+        receiver
+    }
+
+    /// No longer waits for an exec.
+    pub fn forget_exec(&self, exec_id: &str) {
+        lock(&self.waiting.execs).remove(exec_id);
+    }
+
+    /// SIGKILL. Its death then reaches the driver like any other.
+    pub fn kill(&self) {
+        if let Err(error) = self.pidfd.signal(SIGKILL) {
+            tracing::debug!(pod = %self.pod, %error, "kill shim");
+        }
+    }
+}
+
+const SIGKILL: i32 = 9;
+
+fn unexpected(pod: &PodId, body: &message::Body) -> Error {
+    Error::Shim { pod: pod.to_string(), reason: format!("unexpected answer {body:?}") }
+}
+
+async fn write_frames(write: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>) {
+    while let Some(Outgoing { frame, fds }) = queue.recv().await {
+        if let Err(error) = write_frame(&write, &frame, &fds).await {
+            // The reader sees the same loss and answers everyone who waits.
+            tracing::debug!(%error, "write to shim");
+            return;
+        }
+    }
+}
+
+async fn write_frame(write: &OwnedWriteHalf, frame: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+    let stream: &UnixStream = write.as_ref();
+    let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut sent = 0;
+    while sent < frame.len() {
+        stream.writable().await?;
+        let step = stream.try_io(Interest::WRITABLE, || {
+            let rights = [ControlMessage::ScmRights(&raw)];
+            // Descriptors belong to the frame's first byte.
+            let control: &[_] = if sent == 0 && !raw.is_empty() { &rights } else { &[] };
+            let data = [IoSlice::new(&frame[sent..])];
+            let flags = MsgFlags::MSG_NOSIGNAL;
+            Ok(sendmsg::<()>(stream.as_raw_fd(), &data, control, flags, None)?)
+        });
+        match step {
+            Ok(n) => sent += n,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+async fn read_frames(mut read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mpsc::Sender<Msg>) {
+    let mut decoder = Decoder::default();
+    let mut buffer = [0; 4096];
+    let why = 'connection: loop {
+        match read.read(&mut buffer).await {
+            Ok(0) => break "closed".to_owned(),
+            Ok(n) => {
+                if let Err(error) = decoder.feed(&buffer[..n], Vec::new()) {
+                    break error.to_string();
+                }
+            }
+            Err(error) => break error.to_string(),
+        }
+        loop {
+            match decoder.next::<v1::Message>() {
+                Ok(None) => break,
+                Ok(Some(frame)) => {
+                    // A newer shim may send what this daemon does not know.
+                    if let Some(body) = frame.message.body {
+                        deliver(&waiting, &mailbox, frame.message.id, body).await;
+                    }
+                }
+                Err(error) => break 'connection error.to_string(),
+            }
+        }
+    };
+    tracing::debug!(%why, "connection to shim ended");
+    // Dropping the senders tells every waiter.
+    lock(&waiting.replies).clear();
+    lock(&waiting.execs).clear();
+    let _ = mailbox.send(Msg::Disconnected).await;
+}
+
+async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, body: message::Body) {
+    match body {
+        message::Body::Event(v1::Event { body: Some(event) }) => {
+            if let v1::event::Body::ExecExited(exited) = &event {
+                if let Some(waiter) = lock(&waiting.execs).remove(&exited.exec_id) {
+                    let _ = waiter.send(exited.code);
+                }
+                return;
+            }
+            let _ = mailbox.send(Msg::Event(event)).await;
+        }
+        message::Body::Event(_) => {}
+        body => {
+            let waiter = lock(&waiting.replies).remove(&id);
+            let reply = match body {
+                message::Body::Error(error) => Err(refused(&error)),
+                body => Ok(body),
+            };
+            if let Some(waiter) = waiter {
+                let _ = waiter.send(reply);
+            }
+        }
+    }
+}
+
+/// A shim's error in the supervisor's terms.
+fn refused(error: &v1::Error) -> Error {
+    let kind = match error.kind() {
+        v1::ErrorKind::Internal => ErrorKind::Internal,
+        v1::ErrorKind::NotFound => ErrorKind::NotFound,
+        v1::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
+        v1::ErrorKind::FailedPrecondition => ErrorKind::FailedPrecondition,
+        v1::ErrorKind::InvalidArgument => ErrorKind::InvalidArgument,
+        v1::ErrorKind::DeadlineExceeded => ErrorKind::DeadlineExceeded,
+        v1::ErrorKind::Unimplemented => ErrorKind::Unimplemented,
+        v1::ErrorKind::Runtime => ErrorKind::Unknown,
+        v1::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
+    };
+    Error::Failed { step: "shim", kind, message: error.message.clone() }
+}
+
+/// Tells the driver when the shim's process has ended.
+async fn watch(pidfd: Arc<PidFd>, mailbox: mpsc::Sender<Msg>) {
+    let ended = async {
+        #[expect(deprecated, reason = "its successor is unsafe; a PidFd owns its descriptor")]
+        let fd = AsyncFd::with_interest(ArcFd(pidfd), Interest::READABLE)?;
+        fd.readable().await.map(|mut guard| guard.clear_ready())
+    };
+    tokio::select! {
+        outcome = ended => {
+            if let Err(error) = outcome {
+                tracing::error!(%error, "a shim cannot be watched");
+            }
+        }
+        () = mailbox.closed() => return,
+    }
+    let _ = mailbox.send(Msg::ShimExited).await;
+}
+
+/// `AsyncFd` wants to own something with a descriptor.
+struct ArcFd(Arc<PidFd>);
+
+impl AsRawFd for ArcFd {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+impl AsFd for ArcFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
