@@ -1,1 +1,59 @@
-fn main() {}
+//! gantryctl: what crictl cannot do.
+
+mod image;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint};
+
+/// Works on what gantryd keeps, beside CRI.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// gantryd's socket
+    #[arg(long, value_name = "PATH", default_value = "/run/gantry/gantry.sock", global = true)]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Images: import, export, list
+    #[command(subcommand)]
+    Image(image::Command),
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let outcome = async {
+        let channel = connect(&args.socket).await?;
+        match args.command {
+            Command::Image(command) => image::run(command, channel).await,
+        }
+    };
+    match outcome.await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gantryctl: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn connect(socket: &Path) -> Result<Channel> {
+    let path = socket.to_owned();
+    // The authority names nothing: the connection goes to the socket.
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await
+        .with_context(|| format!("connect to {}", socket.display()))
+}
