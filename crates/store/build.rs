@@ -8,6 +8,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = ["envelope", "image", "pod", "container"]
         .map(|name| proto.join(format!("record/v1/{name}.proto")));
     let set = protox::compile(files, [proto])?;
-    prost_build::Config::new().btree_map(["."]).compile_fds(set)?;
+    prost_build::Config::new()
+        .btree_map(["."])
+        .compile_fds(set)?;
     Ok(())
 }

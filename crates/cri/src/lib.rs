@@ -1,1 +1,16 @@
-//! The gRPC services: validate, convert, call, map errors.
+//! CRI's gRPC services over the supervisor and the image service: validate, convert, call, map
+//! errors. The only crate, beside the generated code, that knows gRPC.
+
+mod admin;
+mod convert;
+mod image;
+mod json;
+mod layer;
+mod runtime;
+mod status;
+mod stream;
+
+pub use admin::Admin;
+pub use image::Images;
+pub use layer::{Gate, Observer, RpcLayer};
+pub use runtime::{Conditions, Runtime};

@@ -60,9 +60,13 @@ async fn import(channel: Channel, file: &Path, name: Option<String>) -> Result<(
     };
     let (sender, receiver) = tokio::sync::mpsc::channel(4);
     let reading = tokio::spawn(read(reader, name.unwrap_or_default(), sender));
-    let answer = ImagesClient::new(channel).import(ReceiverStream::new(receiver)).await;
+    let answer = ImagesClient::new(channel)
+        .import(ReceiverStream::new(receiver))
+        .await;
     // A file that cannot be read ends the stream early, and that is the cause to tell.
-    reading.await?.with_context(|| format!("read {}", file.display()))?;
+    reading
+        .await?
+        .with_context(|| format!("read {}", file.display()))?;
     for name in answer.map_err(status)?.into_inner().names {
         println!("{name}");
     }
@@ -82,7 +86,10 @@ async fn read(
             return Ok(());
         }
         data.truncate(n);
-        let message = ImportRequest { name: std::mem::take(&mut name), data };
+        let message = ImportRequest {
+            name: std::mem::take(&mut name),
+            data,
+        };
         if sender.send(message).await.is_err() {
             return Ok(());
         }
@@ -108,7 +115,9 @@ async fn export(channel: Channel, names: Vec<String>, output: &Path) -> Result<(
         writer.flush().await?;
         anyhow::Ok(())
     };
-    let outcome = write.await.with_context(|| format!("write {}", output.display()));
+    let outcome = write
+        .await
+        .with_context(|| format!("write {}", output.display()));
     if outcome.is_err() && output != Path::new("-") {
         // Half an archive looks like a whole one.
         let _ = tokio::fs::remove_file(output).await;
@@ -128,7 +137,11 @@ async fn list(channel: Channel, quiet: bool) -> Result<()> {
         println!("{:<60} {:<20} {:>12}", "NAME", "ID", "SIZE");
     }
     for image in images {
-        let names = if image.repo_tags.is_empty() { &image.repo_digests } else { &image.repo_tags };
+        let names = if image.repo_tags.is_empty() {
+            &image.repo_digests
+        } else {
+            &image.repo_tags
+        };
         for name in names {
             if quiet {
                 println!("{name}");

@@ -15,7 +15,12 @@ use tonic::transport::{Channel, Endpoint};
 #[command(version)]
 struct Args {
     /// gantryd's socket
-    #[arg(long, value_name = "PATH", default_value = "/run/gantry/gantry.sock", global = true)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/run/gantry/gantry.sock",
+        global = true
+    )]
     socket: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -52,7 +57,11 @@ async fn connect(socket: &Path) -> Result<Channel> {
     Endpoint::from_static("http://localhost")
         .connect_with_connector(tower::service_fn(move |_| {
             let path = path.clone();
-            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+            async move {
+                tokio::net::UnixStream::connect(path)
+                    .await
+                    .map(TokioIo::new)
+            }
         }))
         .await
         .with_context(|| format!("connect to {}", socket.display()))

@@ -14,7 +14,11 @@ pub struct Error {
 
 impl Error {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self {
+            kind,
+            message: message.into(),
+            source: None,
+        }
     }
 
     pub fn internal(message: impl Into<String>) -> Self {
@@ -23,7 +27,11 @@ impl Error {
 
     /// Wraps an I/O error with what was being done and to which path; the kind is the error's own.
     pub fn io(what: impl std::fmt::Display, error: std::io::Error) -> Self {
-        Self { kind: Kind::kind(&error), message: format!("{what}: {error}"), source: None }
+        Self {
+            kind: Kind::kind(&error),
+            message: format!("{what}: {error}"),
+            source: None,
+        }
     }
 
     #[must_use]

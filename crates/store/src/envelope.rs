@@ -23,7 +23,12 @@ fn checksum(version: u32, payload: &[u8]) -> u32 {
 pub fn seal<M: Message>(version: u32, record: &M) -> Vec<u8> {
     let payload = record.encode_to_vec();
     let checksum = checksum(version, &payload);
-    Envelope { version, payload, checksum }.encode_to_vec()
+    Envelope {
+        version,
+        payload,
+        checksum,
+    }
+    .encode_to_vec()
 }
 
 /// Decodes what [`seal`] made; refuses damage and versions other than `version`.
@@ -34,7 +39,10 @@ pub fn open<M: Message + Default>(version: u32, bytes: &[u8]) -> Result<M, Envel
         return Err(EnvelopeError::Damaged);
     }
     if envelope.version != version {
-        return Err(EnvelopeError::Version { found: envelope.version, known: version });
+        return Err(EnvelopeError::Version {
+            found: envelope.version,
+            known: version,
+        });
     }
     M::decode(envelope.payload.as_slice()).map_err(malformed)
 }
@@ -46,13 +54,19 @@ mod tests {
 
     #[test]
     fn every_damaged_byte_is_noticed() {
-        let status = PodStatus { reason: "a reason".into(), ..Default::default() };
+        let status = PodStatus {
+            reason: "a reason".into(),
+            ..Default::default()
+        };
         let sealed = seal(1, &status);
         assert_eq!(open::<PodStatus>(1, &sealed).unwrap(), status);
         for at in 0..sealed.len() {
             let mut damaged = sealed.clone();
             damaged[at] ^= 0x10;
-            assert!(open::<PodStatus>(1, &damaged).ok() != Some(status.clone()), "byte {at}");
+            assert!(
+                open::<PodStatus>(1, &damaged).ok() != Some(status.clone()),
+                "byte {at}"
+            );
             assert!(open::<PodStatus>(1, &sealed[..at]).is_err(), "cut at {at}");
         }
     }

@@ -30,7 +30,10 @@ impl Shared {
         // The one under way may have begun before our write: only the next counts.
         let wanted = state.begun + 1;
         while state.running && state.ended < wanted {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         if state.ended >= wanted {
             return match &state.error {
@@ -75,7 +78,10 @@ mod tests {
             }
         });
         let flushes = flushes.load(Ordering::SeqCst);
-        assert!((1..16).contains(&flushes), "{flushes} flushes for 16 writers");
+        assert!(
+            (1..16).contains(&flushes),
+            "{flushes} flushes for 16 writers"
+        );
     }
 
     #[test]

@@ -45,19 +45,33 @@ pub enum Error {
     #[error("store {path}: {source}")]
     Open { path: PathBuf, source: sled::Error },
     #[error("store {path}: setting it aside: {source}")]
-    SetAside { path: PathBuf, source: std::io::Error },
+    SetAside {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("store: {tree}/{key}: {source}")]
-    Access { tree: &'static str, key: String, source: sled::Error },
+    Access {
+        tree: &'static str,
+        key: String,
+        source: sled::Error,
+    },
     #[error("store: flush: {0}")]
     Flush(String),
     #[error("store: {tree}/{key}: {source}")]
-    Unreadable { tree: &'static str, key: String, source: EnvelopeError },
+    Unreadable {
+        tree: &'static str,
+        key: String,
+        source: EnvelopeError,
+    },
 }
 
 impl Kind for Error {
     fn kind(&self) -> ErrorKind {
         match self {
-            Error::Access { source: sled::Error::Io(error), .. } => Kind::kind(error),
+            Error::Access {
+                source: sled::Error::Io(error),
+                ..
+            } => Kind::kind(error),
             Error::Open { .. }
             | Error::SetAside { .. }
             | Error::Access { .. }
@@ -123,16 +137,29 @@ impl Store {
     /// [`Error::Open`]: the lock is sled's own and a store in use is never set aside.
     pub fn open(dir: &Path) -> Result<Opened, Error> {
         match Self::try_open(dir) {
-            Ok(store) => Ok(Opened { store: Arc::new(store), set_aside: None }),
-            Err(source) if in_use(&source) => Err(Error::Open { path: dir.into(), source }),
+            Ok(store) => Ok(Opened {
+                store: Arc::new(store),
+                set_aside: None,
+            }),
+            Err(source) if in_use(&source) => Err(Error::Open {
+                path: dir.into(),
+                source,
+            }),
             Err(source) => {
                 tracing::error!(path = %dir.display(), error = %source,
                     "the store will not open: it is set aside and rebuilt");
-                let aside = set_aside(dir)
-                    .map_err(|source| Error::SetAside { path: dir.into(), source })?;
-                let store = Self::try_open(dir)
-                    .map_err(|source| Error::Open { path: dir.into(), source })?;
-                Ok(Opened { store: Arc::new(store), set_aside: Some(aside) })
+                let aside = set_aside(dir).map_err(|source| Error::SetAside {
+                    path: dir.into(),
+                    source,
+                })?;
+                let store = Self::try_open(dir).map_err(|source| Error::Open {
+                    path: dir.into(),
+                    source,
+                })?;
+                Ok(Opened {
+                    store: Arc::new(store),
+                    set_aside: Some(aside),
+                })
             }
         }
     }
@@ -152,16 +179,25 @@ impl Store {
                 .open()
         });
         let db = opened.unwrap_or_else(|_| {
-            Err(sled::Error::ReportableBug("sled panicked while opening".to_owned()))
+            Err(sled::Error::ReportableBug(
+                "sled panicked while opening".to_owned(),
+            ))
         })?;
-        Ok(Self { db, flusher: flush::Shared::default() })
+        Ok(Self {
+            db,
+            flusher: flush::Shared::default(),
+        })
     }
 
     /// Writes a record and returns once it is on disk.
     pub fn put<R: Record>(&self, key: &str, record: &R) -> Result<(), Error> {
         self.tree::<R>(key)?
             .insert(key, envelope::seal(R::VERSION, record))
-            .map_err(|source| Error::Access { tree: R::TREE, key: key.to_owned(), source })?;
+            .map_err(|source| Error::Access {
+                tree: R::TREE,
+                key: key.to_owned(),
+                source,
+            })?;
         self.flush()
     }
 
@@ -170,7 +206,11 @@ impl Store {
     pub fn put_both<A: Record, B: Record>(&self, key: &str, a: &A, b: &B) -> Result<(), Error> {
         self.tree::<A>(key)?
             .insert(key, envelope::seal(A::VERSION, a))
-            .map_err(|source| Error::Access { tree: A::TREE, key: key.to_owned(), source })?;
+            .map_err(|source| Error::Access {
+                tree: A::TREE,
+                key: key.to_owned(),
+                source,
+            })?;
         self.put(key, b)
     }
 
@@ -178,18 +218,30 @@ impl Store {
         let value = self
             .tree::<R>(key)?
             .get(key)
-            .map_err(|source| Error::Access { tree: R::TREE, key: key.to_owned(), source })?;
+            .map_err(|source| Error::Access {
+                tree: R::TREE,
+                key: key.to_owned(),
+                source,
+            })?;
         value
             .map(|bytes| envelope::open(R::VERSION, &bytes))
             .transpose()
-            .map_err(|source| Error::Unreadable { tree: R::TREE, key: key.to_owned(), source })
+            .map_err(|source| Error::Unreadable {
+                tree: R::TREE,
+                key: key.to_owned(),
+                source,
+            })
     }
 
     /// Removes a record and returns once that is on disk; absent is success.
     pub fn remove<R: Record>(&self, key: &str) -> Result<(), Error> {
         self.tree::<R>(key)?
             .remove(key)
-            .map_err(|source| Error::Access { tree: R::TREE, key: key.to_owned(), source })?;
+            .map_err(|source| Error::Access {
+                tree: R::TREE,
+                key: key.to_owned(),
+                source,
+            })?;
         self.flush()
     }
 
@@ -197,13 +249,20 @@ impl Store {
     pub fn remove_both<A: Record, B: Record>(&self, key: &str) -> Result<(), Error> {
         self.tree::<A>(key)?
             .remove(key)
-            .map_err(|source| Error::Access { tree: A::TREE, key: key.to_owned(), source })?;
+            .map_err(|source| Error::Access {
+                tree: A::TREE,
+                key: key.to_owned(),
+                source,
+            })?;
         self.remove::<B>(key)
     }
 
     /// Every record of a tree, readable or not.
     pub fn scan<R: Record>(&self) -> Result<Scan<R>, Error> {
-        let mut scan = Scan { records: Vec::new(), unreadable: Vec::new() };
+        let mut scan = Scan {
+            records: Vec::new(),
+            unreadable: Vec::new(),
+        };
         for entry in self.tree::<R>("")?.iter() {
             let (key, value) = entry.map_err(|source| Error::Access {
                 tree: R::TREE,
@@ -220,13 +279,17 @@ impl Store {
     }
 
     fn tree<R: Record>(&self, key: &str) -> Result<sled::Tree, Error> {
-        self.db
-            .open_tree(R::TREE)
-            .map_err(|source| Error::Access { tree: R::TREE, key: key.to_owned(), source })
+        self.db.open_tree(R::TREE).map_err(|source| Error::Access {
+            tree: R::TREE,
+            key: key.to_owned(),
+            source,
+        })
     }
 
     fn flush(&self) -> Result<(), Error> {
-        self.flusher.flush(|| self.db.flush().map(drop)).map_err(Error::Flush)
+        self.flusher
+            .flush(|| self.db.flush().map(drop))
+            .map_err(Error::Flush)
     }
 }
 
@@ -259,7 +322,11 @@ mod tests {
     use record::{ImageRecord, PodConfig, PodStatus};
 
     fn image(id: &str) -> ImageRecord {
-        ImageRecord { id: id.to_owned(), size: 7, ..Default::default() }
+        ImageRecord {
+            id: id.to_owned(),
+            size: 7,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -274,7 +341,10 @@ mod tests {
         drop(opened);
         let opened = Store::open(&path).unwrap();
         assert!(opened.set_aside.is_none());
-        assert_eq!(opened.store.get::<ImageRecord>("a").unwrap().unwrap(), image("a"));
+        assert_eq!(
+            opened.store.get::<ImageRecord>("a").unwrap().unwrap(),
+            image("a")
+        );
         assert_eq!(opened.store.get::<ImageRecord>("b").unwrap(), None);
         let scan = opened.store.scan::<ImageRecord>().unwrap();
         assert_eq!(scan.records.len(), 1);
@@ -285,7 +355,10 @@ mod tests {
     fn both_records_of_an_object_come_and_go_together() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store")).unwrap().store;
-        let config = PodConfig { id: "p".into(), ..Default::default() };
+        let config = PodConfig {
+            id: "p".into(),
+            ..Default::default()
+        };
         store.put_both("p", &config, &PodStatus::default()).unwrap();
         assert_eq!(store.get::<PodConfig>("p").unwrap().unwrap(), config);
         assert!(store.get::<PodStatus>("p").unwrap().is_some());
@@ -301,14 +374,22 @@ mod tests {
         store.put("good", &image("good")).unwrap();
         let tree = store.db.open_tree(ImageRecord::TREE).unwrap();
         tree.insert("torn", b"\x01\x02torn".as_slice()).unwrap();
-        tree.insert("newer", envelope::seal(99, &image("newer"))).unwrap();
+        tree.insert("newer", envelope::seal(99, &image("newer")))
+            .unwrap();
         for _ in 0..2 {
             let scan = store.scan::<ImageRecord>().unwrap();
             assert_eq!(scan.records.len(), 1);
-            let keys: Vec<_> = scan.unreadable.iter().map(|(key, _)| key.as_str()).collect();
+            let keys: Vec<_> = scan
+                .unreadable
+                .iter()
+                .map(|(key, _)| key.as_str())
+                .collect();
             assert_eq!(keys, ["newer", "torn"]);
         }
-        assert!(matches!(store.get::<ImageRecord>("newer"), Err(Error::Unreadable { .. })));
+        assert!(matches!(
+            store.get::<ImageRecord>("newer"),
+            Err(Error::Unreadable { .. })
+        ));
     }
 
     #[test]
@@ -321,8 +402,18 @@ mod tests {
         std::fs::write(path.join("conf"), b"not what sled wrote").unwrap();
         let opened = Store::open(&path).unwrap();
         let aside = opened.set_aside.expect("the damaged store was moved");
-        assert!(aside.join("conf").exists(), "the damaged store is kept for people to look at");
-        assert!(opened.store.scan::<ImageRecord>().unwrap().records.is_empty());
+        assert!(
+            aside.join("conf").exists(),
+            "the damaged store is kept for people to look at"
+        );
+        assert!(
+            opened
+                .store
+                .scan::<ImageRecord>()
+                .unwrap()
+                .records
+                .is_empty()
+        );
         opened.store.put("b", &image("b")).unwrap();
     }
 

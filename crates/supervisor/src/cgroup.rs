@@ -19,7 +19,10 @@ pub enum Hierarchy {
     /// The one mount point of cgroup v2.
     V2(PathBuf),
     /// Mount points of the v1 controllers that we use.
-    V1 { memory: PathBuf, others: Vec<PathBuf> },
+    V1 {
+        memory: PathBuf,
+        others: Vec<PathBuf>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,9 +74,10 @@ impl Cgroups {
         match (memory, unified) {
             (Some(memory), _) => Ok(Hierarchy::V1 { memory, others }),
             (None, Some(dir)) => Ok(Hierarchy::V2(dir)),
-            (None, None) => {
-                Err(Error::internal("find cgroups", "no cgroup file system is mounted"))
-            }
+            (None, None) => Err(Error::internal(
+                "find cgroups",
+                "no cgroup file system is mounted",
+            )),
         }
     }
 
@@ -83,7 +87,11 @@ impl Cgroups {
 
     /// The parent as asked for, or the default; checked, because it becomes a path.
     pub fn parent<'a>(&'a self, asked: &'a str) -> Result<&'a str, Error> {
-        let parent = if asked.is_empty() { &self.default_parent } else { asked };
+        let parent = if asked.is_empty() {
+            &self.default_parent
+        } else {
+            asked
+        };
         let invalid = |reason: &str| Error::Invalid {
             field: "linux.cgroup_parent".to_owned(),
             reason: format!("{parent:?} {reason}"),
@@ -95,9 +103,9 @@ impl Cgroups {
             Driver::Cgroupfs if parent.trim_matches('/').is_empty() => {
                 Err(invalid("is the root cgroup"))
             }
-            Driver::Systemd if !last(parent).ends_with(".slice") => {
-                Err(invalid("does not end with a slice, as the systemd driver needs"))
-            }
+            Driver::Systemd if !last(parent).ends_with(".slice") => Err(invalid(
+                "does not end with a slice, as the systemd driver needs",
+            )),
             Driver::Cgroupfs | Driver::Systemd => Ok(parent),
         }
     }
@@ -118,11 +126,19 @@ impl Cgroups {
         Ok(match &self.hierarchy {
             Hierarchy::V2(mount) => {
                 let dir = mount.join(&relative);
-                Place { oci_path, oom_file: dir.join("memory.events"), dir }
+                Place {
+                    oci_path,
+                    oom_file: dir.join("memory.events"),
+                    dir,
+                }
             }
             Hierarchy::V1 { memory, .. } => {
                 let dir = memory.join(&relative);
-                Place { oci_path, oom_file: dir.join("memory.oom_control"), dir }
+                Place {
+                    oci_path,
+                    oom_file: dir.join("memory.oom_control"),
+                    dir,
+                }
             }
         })
     }
@@ -136,9 +152,10 @@ impl Cgroups {
         };
         Ok(match &self.hierarchy {
             Hierarchy::V2(mount) => vec![mount.join(relative)],
-            Hierarchy::V1 { memory, others } => {
-                std::iter::once(memory).chain(others).map(|mount| mount.join(&relative)).collect()
-            }
+            Hierarchy::V1 { memory, others } => std::iter::once(memory)
+                .chain(others)
+                .map(|mount| mount.join(&relative))
+                .collect(),
         })
     }
 }
@@ -150,7 +167,10 @@ fn scope(id: &str) -> String {
 }
 
 fn last(path: &str) -> &str {
-    path.trim_end_matches('/').rsplit('/').next().unwrap_or(path)
+    path.trim_end_matches('/')
+        .rsplit('/')
+        .next()
+        .unwrap_or(path)
 }
 
 /// `a-b-c.slice` lies at `a.slice/a-b.slice/a-b-c.slice` (systemd.slice(5)).
@@ -214,7 +234,10 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         let v1 = cgroups(Driver::Cgroupfs, HYBRID);
         let place = v1.container("/kubepods/pod1", &id).unwrap();
         assert_eq!(place.oci_path, format!("/kubepods/pod1/{id}"));
-        assert_eq!(place.dir, Path::new("/sys/fs/cgroup/memory/kubepods/pod1").join(id.as_str()));
+        assert_eq!(
+            place.dir,
+            Path::new("/sys/fs/cgroup/memory/kubepods/pod1").join(id.as_str())
+        );
         assert!(place.oom_file.ends_with("memory.oom_control"));
         let pod = PodId::from_random([2; 32]);
         assert_eq!(v1.holder("/kubepods/pod1", &pod).unwrap().len(), 2);
@@ -227,7 +250,10 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         let parent = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx_y.slice";
         assert_eq!(v2.parent(parent).unwrap(), parent);
         let place = v2.container(parent, &id).unwrap();
-        assert_eq!(place.oci_path, format!("kubepods-burstable-podx_y.slice:gantry:{id}"));
+        assert_eq!(
+            place.oci_path,
+            format!("kubepods-burstable-podx_y.slice:gantry:{id}")
+        );
         assert_eq!(
             place.dir,
             Path::new("/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice")
@@ -243,6 +269,10 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
             assert!(v1.parent(bad).is_err(), "{bad}");
         }
         assert_eq!(v1.parent("").unwrap(), "/gantry");
-        assert!(cgroups(Driver::Systemd, UNIFIED).parent("/kubepods").is_err());
+        assert!(
+            cgroups(Driver::Systemd, UNIFIED)
+                .parent("/kubepods")
+                .is_err()
+        );
     }
 }

@@ -13,11 +13,23 @@ pub enum Error {
     Invalid { field: String, reason: String },
     /// The object's state does not allow the request.
     #[error("{what} {id}: {reason}")]
-    State { what: &'static str, id: String, reason: String },
+    State {
+        what: &'static str,
+        id: String,
+        reason: String,
+    },
     #[error("{what} name {name:?} is in use by {id} with another configuration")]
-    NameInUse { what: &'static str, name: String, id: String },
+    NameInUse {
+        what: &'static str,
+        name: String,
+        id: String,
+    },
     #[error("{step}: {message}")]
-    Failed { step: &'static str, kind: ErrorKind, message: String },
+    Failed {
+        step: &'static str,
+        kind: ErrorKind,
+        message: String,
+    },
     #[error("pod sandbox {pod}: its shim does not answer: {reason}")]
     Shim { pod: String, reason: String },
     #[error("{what} did not end within {seconds} s")]
@@ -29,7 +41,11 @@ pub enum Error {
 impl Error {
     /// A step that failed for a reason that another crate can name.
     pub fn step<E: Kind + std::fmt::Display>(step: &'static str) -> impl Fn(E) -> Error {
-        move |error| Error::Failed { step, kind: error.kind(), message: error.to_string() }
+        move |error| Error::Failed {
+            step,
+            kind: error.kind(),
+            message: error.to_string(),
+        }
     }
 
     /// A file operation that failed.
@@ -42,7 +58,11 @@ impl Error {
     }
 
     pub fn internal(step: &'static str, message: impl ToString) -> Error {
-        Error::Failed { step, kind: ErrorKind::Internal, message: message.to_string() }
+        Error::Failed {
+            step,
+            kind: ErrorKind::Internal,
+            message: message.to_string(),
+        }
     }
 }
 

@@ -30,8 +30,8 @@ use prost::Message;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
-pub use clock::now_ns;
 pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
+pub use clock::now_ns;
 pub use container::ExecOutput;
 pub use error::Error;
 pub use recover::Summary;
@@ -78,10 +78,18 @@ impl Supervisor {
         network: Arc<dyn Network>,
     ) -> Result<Self, Error> {
         let dirs = RunDirs::new(&settings.state, &settings.netns_dir);
-        dirs.make().map_err(|error| Error::io("make run directories", &settings.state, &error))?;
+        dirs.make()
+            .map_err(|error| Error::io("make run directories", &settings.state, &error))?;
         let records = Records { store, dirs };
         let registry = Registry::default();
-        let ctx = Context { settings, records, images, snapshotter, network, registry };
+        let ctx = Context {
+            settings,
+            records,
+            images,
+            snapshotter,
+            network,
+            registry,
+        };
         Ok(Self { ctx: Arc::new(ctx) })
     }
 
@@ -117,9 +125,13 @@ impl Supervisor {
 
     /// The container's OCI spec as JSON, for verbose answers.
     pub fn runtime_spec(&self, container: &ContainerView) -> Result<serde_json::Value, Error> {
-        let path = self.ctx.records.dirs.container(&container.facts.id).join("config.json");
-        let bytes =
-            std::fs::read(&path).map_err(|error| Error::io("read spec", &path, &error))?;
+        let path = self
+            .ctx
+            .records
+            .dirs
+            .container(&container.facts.id)
+            .join("config.json");
+        let bytes = std::fs::read(&path).map_err(|error| Error::io("read spec", &path, &error))?;
         serde_json::from_slice(&bytes).map_err(|error| Error::internal("read spec", error))
     }
 
@@ -138,8 +150,15 @@ impl Supervisor {
         loop {
             let facts = Arc::new(self.pod_facts(&config, &handler, config_hash)?);
             let (mailbox, messages) = mpsc::channel(MAILBOX);
-            let new = Reserved { id: facts.id.clone(), config_hash };
-            match self.ctx.registry.reserve(name.clone(), new, mailbox.clone()) {
+            let new = Reserved {
+                id: facts.id.clone(),
+                config_hash,
+            };
+            match self
+                .ctx
+                .registry
+                .reserve(name.clone(), new, mailbox.clone())
+            {
                 Ok(()) => {
                     let mut driver = Driver::new(
                         Arc::clone(&self.ctx),
@@ -208,14 +227,29 @@ impl Supervisor {
         pod::check(config)?;
         let id = PodId::from_random(random());
         let host_network = host_network(config);
-        let parent = config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str());
+        let parent = config
+            .linux
+            .as_ref()
+            .map(|linux| linux.cgroup_parent.as_str());
         let parent = settings.cgroups.parent(parent.unwrap_or_default())?;
         let cgroup_dirs = settings.cgroups.holder(parent, &id)?;
         let (netns_path, network_intent) = if host_network {
             (String::new(), Vec::new())
         } else {
-            let intent = self.ctx.network.intent().map_err(Error::step("set up network"))?;
-            (self.ctx.records.dirs.netns(&id).to_string_lossy().into_owned(), intent)
+            let intent = self
+                .ctx
+                .network
+                .intent()
+                .map_err(Error::step("set up network"))?;
+            (
+                self.ctx
+                    .records
+                    .dirs
+                    .netns(&id)
+                    .to_string_lossy()
+                    .into_owned(),
+                intent,
+            )
         };
         let record = record::PodConfig {
             id: id.to_string(),
@@ -225,10 +259,17 @@ impl Supervisor {
             config_hash: config_hash.to_vec(),
             boot_id: settings.boot_id.clone(),
             netns_path,
-            cgroup_dirs: cgroup_dirs.iter().map(|d| d.to_string_lossy().into_owned()).collect(),
+            cgroup_dirs: cgroup_dirs
+                .iter()
+                .map(|d| d.to_string_lossy().into_owned())
+                .collect(),
             network_intent,
         };
-        Ok(PodFacts { id, config: config.clone(), record })
+        Ok(PodFacts {
+            id,
+            config: config.clone(),
+            record,
+        })
     }
 
     /// Stops a pod; one that is not there is stopped.
@@ -266,13 +307,19 @@ impl Supervisor {
         let pod = self.ctx.registry.pod(pod)?;
         let config_hash = hash(&[&config.encode_to_vec()]);
         let config = Box::new(config);
-        self.ask_of(&pod, |reply| Request::CreateContainer { config, config_hash, reply }).await
+        self.ask_of(&pod, |reply| Request::CreateContainer {
+            config,
+            config_hash,
+            reply,
+        })
+        .await
     }
 
     pub async fn start_container(&self, id: &str) -> Result<(), Error> {
         let (pod, container) = self.ctx.registry.container(id)?;
         let id = container.facts.id.clone();
-        self.ask_of(&pod, |reply| Request::Start { id, reply }).await
+        self.ask_of(&pod, |reply| Request::Start { id, reply })
+            .await
     }
 
     /// Stops a container within `grace`; one that is not there is stopped.
@@ -282,7 +329,8 @@ impl Supervisor {
             found => found?,
         };
         let id = container.facts.id.clone();
-        self.ask_of(&pod, |reply| Request::StopContainer { id, grace, reply }).await
+        self.ask_of(&pod, |reply| Request::StopContainer { id, grace, reply })
+            .await
     }
 
     /// Removes a container, killing it first; one that is not there is removed.
@@ -292,7 +340,10 @@ impl Supervisor {
             found => found?,
         };
         let id = container.facts.id.clone();
-        match self.ask_of(&pod, |reply| Request::RemoveContainer { id, reply }).await {
+        match self
+            .ask_of(&pod, |reply| Request::RemoveContainer { id, reply })
+            .await
+        {
             Err(Error::NotFound { .. }) => Ok(()),
             other => other,
         }
@@ -306,13 +357,19 @@ impl Supervisor {
         let (pod, container) = self.ctx.registry.container(id)?;
         let id = container.facts.id.clone();
         let resources = Box::new(resources);
-        self.ask_of(&pod, |reply| Request::Update { id, resources, reply }).await
+        self.ask_of(&pod, |reply| Request::Update {
+            id,
+            resources,
+            reply,
+        })
+        .await
     }
 
     pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
         let (pod, container) = self.ctx.registry.container(id)?;
         let id = container.facts.id.clone();
-        self.ask_of(&pod, |reply| Request::ReopenLog { id, reply }).await
+        self.ask_of(&pod, |reply| Request::ReopenLog { id, reply })
+            .await
     }
 
     /// Runs a command in a container and returns what it wrote; `limit` zero means none.
@@ -323,11 +380,16 @@ impl Supervisor {
         limit: Duration,
     ) -> Result<ExecOutput, Error> {
         if command.is_empty() {
-            return Err(Error::Invalid { field: "cmd".to_owned(), reason: "is empty".to_owned() });
+            return Err(Error::Invalid {
+                field: "cmd".to_owned(),
+                reason: "is empty".to_owned(),
+            });
         }
         let (pod, container) = self.ctx.registry.container(id)?;
         let id = container.facts.id.clone();
-        let (shim, view) = self.ask_of(&pod, |reply| Request::Running { id, reply }).await?;
+        let (shim, view) = self
+            .ask_of(&pod, |reply| Request::Running { id, reply })
+            .await?;
         container::exec_sync(&self.ctx, shim, view, command, limit).await
     }
 
@@ -337,7 +399,10 @@ impl Supervisor {
         request: impl FnOnce(Reply<T>) -> Request,
     ) -> Result<T, Error> {
         let id = &pod.facts.id;
-        let gone = || Error::NotFound { what: "pod sandbox", id: id.to_string() };
+        let gone = || Error::NotFound {
+            what: "pod sandbox",
+            id: id.to_string(),
+        };
         let mailbox = self.ctx.registry.mailbox(id).ok_or_else(gone)?;
         self.ask(&mailbox, request).await
     }
@@ -348,9 +413,15 @@ impl Supervisor {
         mailbox: &mpsc::Sender<Msg>,
         request: impl FnOnce(Reply<T>) -> Request,
     ) -> Result<T, Error> {
-        let gone = || Error::NotFound { what: "pod sandbox", id: "removed meanwhile".to_owned() };
+        let gone = || Error::NotFound {
+            what: "pod sandbox",
+            id: "removed meanwhile".to_owned(),
+        };
         let (reply, answer) = reply();
-        mailbox.send(Msg::Request(request(reply))).await.map_err(|_| gone())?;
+        mailbox
+            .send(Msg::Request(request(reply)))
+            .await
+            .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 }

@@ -26,14 +26,22 @@ impl Records {
         let status = record::PodStatus::default();
         rundir::write_record(&dir, config)?;
         rundir::write_record(&dir, &status)?;
-        self.store.put_both(id.as_str(), config, &status).map_err(Error::step(FLUSH))
+        self.store
+            .put_both(id.as_str(), config, &status)
+            .map_err(Error::step(FLUSH))
     }
 
     pub fn put_pod_status(&self, id: &PodId, status: &record::PodStatus) -> Result<(), Error> {
-        self.store.put(id.as_str(), status).map_err(Error::step(FLUSH))?;
+        self.store
+            .put(id.as_str(), status)
+            .map_err(Error::step(FLUSH))?;
         let dir = self.dirs.pod(id);
         // After a reboot there is no run directory, and nothing to rebuild from it.
-        if dir.exists() { rundir::write_record(&dir, status) } else { Ok(()) }
+        if dir.exists() {
+            rundir::write_record(&dir, status)
+        } else {
+            Ok(())
+        }
     }
 
     /// The last step of a pod's removal.
@@ -54,7 +62,9 @@ impl Records {
         rundir::make_dir(&dir).map_err(|error| Error::io("make run directory", &dir, &error))?;
         rundir::write_record(&dir, config)?;
         rundir::write_record(&dir, status)?;
-        self.store.put_both(id.as_str(), config, status).map_err(Error::step(FLUSH))
+        self.store
+            .put_both(id.as_str(), config, status)
+            .map_err(Error::step(FLUSH))
     }
 
     pub fn put_container_status(
@@ -62,9 +72,15 @@ impl Records {
         id: &ContainerId,
         status: &record::ContainerStatus,
     ) -> Result<(), Error> {
-        self.store.put(id.as_str(), status).map_err(Error::step(FLUSH))?;
+        self.store
+            .put(id.as_str(), status)
+            .map_err(Error::step(FLUSH))?;
         let dir = self.dirs.container(id);
-        if dir.exists() { rundir::write_record(&dir, status) } else { Ok(()) }
+        if dir.exists() {
+            rundir::write_record(&dir, status)
+        } else {
+            Ok(())
+        }
     }
 
     pub fn forget_container(&self, id: &ContainerId) -> Result<(), Error> {
@@ -76,12 +92,18 @@ impl Records {
 }
 
 fn process_record(process: ProcessRef) -> record::ProcessRef {
-    record::ProcessRef { pid: process.pid, start_time: process.start_time }
+    record::ProcessRef {
+        pid: process.pid,
+        start_time: process.start_time,
+    }
 }
 
 fn process_ref(process: Option<record::ProcessRef>) -> ProcessRef {
     let process = process.unwrap_or_default();
-    ProcessRef { pid: process.pid, start_time: process.start_time }
+    ProcessRef {
+        pid: process.pid,
+        start_time: process.start_time,
+    }
 }
 
 /// Writes a pod's state into its status record.
@@ -107,7 +129,9 @@ pub fn pod_state(status: &record::PodStatus) -> PodState {
             shim: process_ref(status.shim),
             holder: process_ref(status.holder),
         },
-        record::PodPhase::NotReady => PodState::NotReady { reason: status.reason.clone() },
+        record::PodPhase::NotReady => PodState::NotReady {
+            reason: status.reason.clone(),
+        },
     }
 }
 
@@ -117,7 +141,10 @@ pub fn set_container_state(status: &mut record::ContainerStatus, state: &Contain
     match state {
         ContainerState::Creating => status.phase = Phase::Creating.into(),
         ContainerState::Created => status.phase = Phase::Created.into(),
-        ContainerState::Running { process, started_at } => {
+        ContainerState::Running {
+            process,
+            started_at,
+        } => {
             status.phase = Phase::Running.into();
             status.process = Some(process_record(*process));
             status.started_at = *started_at;
@@ -157,7 +184,9 @@ pub fn container_state(status: &record::ContainerStatus) -> ContainerState {
             },
             started_at: status.started_at,
         },
-        Phase::Unknown => ContainerState::Unknown { why: status.message.clone() },
+        Phase::Unknown => ContainerState::Unknown {
+            why: status.message.clone(),
+        },
     }
 }
 
@@ -167,7 +196,10 @@ mod tests {
 
     #[test]
     fn states_survive_the_way_through_a_record() {
-        let process = ProcessRef { pid: 7, start_time: 99 };
+        let process = ProcessRef {
+            pid: 7,
+            start_time: 99,
+        };
         let exit = Exit {
             code: 137,
             finished_at: 5,
@@ -178,8 +210,14 @@ mod tests {
         for state in [
             ContainerState::Creating,
             ContainerState::Created,
-            ContainerState::Running { process, started_at: 3 },
-            ContainerState::Exited { exit, started_at: 3 },
+            ContainerState::Running {
+                process,
+                started_at: 3,
+            },
+            ContainerState::Exited {
+                exit,
+                started_at: 3,
+            },
             ContainerState::Unknown { why: "lost".into() },
         ] {
             let mut status = record::ContainerStatus::default();
@@ -188,8 +226,13 @@ mod tests {
         }
         for state in [
             PodState::Creating,
-            PodState::Ready { shim: process, holder: process },
-            PodState::NotReady { reason: "stopped".into() },
+            PodState::Ready {
+                shim: process,
+                holder: process,
+            },
+            PodState::NotReady {
+                reason: "stopped".into(),
+            },
         ] {
             let mut status = record::PodStatus::default();
             set_pod_state(&mut status, &state);

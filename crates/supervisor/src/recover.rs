@@ -30,7 +30,11 @@ use crate::{Context, Error};
 #[derive(Clone, Debug, PartialEq)]
 pub enum Observed {
     /// It answers.
-    Shim { process: ProcessRef, holder: Option<ProcessRef>, containers: Vec<ObservedContainer> },
+    Shim {
+        process: ProcessRef,
+        holder: Option<ProcessRef>,
+        containers: Vec<ObservedContainer>,
+    },
     /// Its process is gone, or of an earlier boot.
     Gone,
     /// Its process lives and does not answer.
@@ -70,15 +74,25 @@ pub fn reconcile_pod(recorded: &PodState, observed: &Observed) -> PodAction {
     match (recorded, observed) {
         (_, Observed::Hung) => PodAction::KillShim,
         (PodState::Creating, _) => PodAction::Undo,
-        (PodState::Ready { .. }, Observed::Shim { process, holder: Some(holder), .. }) => {
-            PodAction::Keep(PodState::Ready { shim: *process, holder: *holder })
+        (
+            PodState::Ready { .. },
+            Observed::Shim {
+                process,
+                holder: Some(holder),
+                ..
+            },
+        ) => PodAction::Keep(PodState::Ready {
+            shim: *process,
+            holder: *holder,
+        }),
+        (PodState::Ready { .. }, Observed::Shim { holder: None, .. }) => {
+            PodAction::Keep(PodState::NotReady {
+                reason: "the pod's holder process ended".to_owned(),
+            })
         }
-        (PodState::Ready { .. }, Observed::Shim { holder: None, .. }) => PodAction::Keep(
-            PodState::NotReady { reason: "the pod's holder process ended".to_owned() },
-        ),
-        (PodState::Ready { .. }, Observed::Gone) => {
-            PodAction::Keep(PodState::NotReady { reason: "the pod's shim ended".to_owned() })
-        }
+        (PodState::Ready { .. }, Observed::Gone) => PodAction::Keep(PodState::NotReady {
+            reason: "the pod's shim ended".to_owned(),
+        }),
         (PodState::NotReady { .. }, _) => PodAction::Keep(recorded.clone()),
     }
 }
@@ -100,7 +114,12 @@ pub fn reconcile_container(
             ContainerState::Created
             | ContainerState::Running { .. }
             | ContainerState::Unknown { .. },
-            Some(ObservedContainer { process, started_at, exit, .. }),
+            Some(ObservedContainer {
+                process,
+                started_at,
+                exit,
+                ..
+            }),
         ) => {
             // What was acknowledged stays: the start time is the one that was told.
             let started_at = match recorded {
@@ -108,9 +127,10 @@ pub fn reconcile_container(
                 _ => *started_at,
             };
             match (exit, process) {
-                (Some(exit), _) => {
-                    ContainerAction::Keep(ContainerState::Exited { exit: exit.clone(), started_at })
-                }
+                (Some(exit), _) => ContainerAction::Keep(ContainerState::Exited {
+                    exit: exit.clone(),
+                    started_at,
+                }),
                 (None, Some(process)) => ContainerAction::Keep(ContainerState::Running {
                     process: *process,
                     started_at,
@@ -183,26 +203,36 @@ pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary
 fn restore_records(ctx: &Context) -> Result<(), Error> {
     let step = Error::step("rebuild store");
     let dirs = &ctx.records.dirs;
-    let list = |dir: &std::path::Path| {
-        names(dir).map_err(|error| Error::io("rebuild store", dir, &error))
-    };
+    let list =
+        |dir: &std::path::Path| names(dir).map_err(|error| Error::io("rebuild store", dir, &error));
     for name in list(&dirs.pods())? {
-        let Ok(id) = name.parse::<PodId>() else { continue };
+        let Ok(id) = name.parse::<PodId>() else {
+            continue;
+        };
         let dir = dirs.pod(&id);
-        if let (Some(config), Some(status)) =
-            (read_record::<record::PodConfig>(&dir), read_record::<record::PodStatus>(&dir))
-        {
-            ctx.records.store.put_both(id.as_str(), &config, &status).map_err(&step)?;
+        if let (Some(config), Some(status)) = (
+            read_record::<record::PodConfig>(&dir),
+            read_record::<record::PodStatus>(&dir),
+        ) {
+            ctx.records
+                .store
+                .put_both(id.as_str(), &config, &status)
+                .map_err(&step)?;
         }
     }
     for name in list(&dirs.containers())? {
-        let Ok(id) = name.parse::<ContainerId>() else { continue };
+        let Ok(id) = name.parse::<ContainerId>() else {
+            continue;
+        };
         let dir = dirs.container(&id);
         if let (Some(config), Some(status)) = (
             read_record::<record::ContainerConfig>(&dir),
             read_record::<record::ContainerStatus>(&dir),
         ) {
-            ctx.records.store.put_both(id.as_str(), &config, &status).map_err(&step)?;
+            ctx.records
+                .store
+                .put_both(id.as_str(), &config, &status)
+                .map_err(&step)?;
         }
     }
     Ok(())
@@ -235,7 +265,10 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
         let status = container_statuses.remove(&key).unwrap_or_default();
         match container_facts(config) {
             Ok(facts) => {
-                by_pod.entry(facts.pod.to_string()).or_default().push((Arc::new(facts), status));
+                by_pod
+                    .entry(facts.pod.to_string())
+                    .or_default()
+                    .push((Arc::new(facts), status));
             }
             Err(error) => tracing::error!(key, %error, "container record kept and left alone"),
         }
@@ -245,12 +278,20 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
         let status = statuses.remove(&key).unwrap_or_default();
         let containers = by_pod.remove(&key).unwrap_or_default();
         match pod_facts(config) {
-            Ok(facts) => recorded.push(Recorded { facts: Arc::new(facts), status, containers }),
+            Ok(facts) => recorded.push(Recorded {
+                facts: Arc::new(facts),
+                status,
+                containers,
+            }),
             Err(error) => tracing::error!(key, %error, "pod record kept and left alone"),
         }
     }
     for (pod, containers) in by_pod {
-        tracing::error!(pod, containers = containers.len(), "containers of a pod without a record");
+        tracing::error!(
+            pod,
+            containers = containers.len(),
+            "containers of a pod without a record"
+        );
     }
     Ok((recorded, summary))
 }
@@ -267,7 +308,12 @@ fn container_facts(record: record::ContainerConfig) -> Result<ContainerFacts, St
     let pod = record.pod_id.parse().map_err(|error| format!("{error}"))?;
     let config = cri::ContainerConfig::decode(record.cri_config.as_slice())
         .map_err(|error| error.to_string())?;
-    Ok(ContainerFacts { id, pod, config, record })
+    Ok(ContainerFacts {
+        id,
+        pod,
+        config,
+        record,
+    })
 }
 
 async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
@@ -291,20 +337,27 @@ async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
         PodAction::Undo => {
             if let Err(error) = undo_pod(ctx, &pod, shim.take()).await {
                 tracing::error!(pod = %pod.facts.id, %error, "half-made pod is left to be removed");
-                PodState::NotReady { reason: format!("half made; {error}") }
+                PodState::NotReady {
+                    reason: format!("half made; {error}"),
+                }
             } else {
                 tracing::info!(pod = %pod.facts.id, "half-made pod taken back");
                 return;
             }
         }
         PodAction::Keep(state) => state,
-        PodAction::KillShim => PodState::NotReady { reason: "its shim hung".to_owned() },
+        PodAction::KillShim => PodState::NotReady {
+            reason: "its shim hung".to_owned(),
+        },
     };
     adopt(ctx, pod, state, shim, &observed, mailbox, messages).await;
 }
 
 fn process_of(status: &record::PodStatus) -> Option<ProcessRef> {
-    status.shim.map(|process| ProcessRef { pid: process.pid, start_time: process.start_time })
+    status.shim.map(|process| ProcessRef {
+        pid: process.pid,
+        start_time: process.start_time,
+    })
 }
 
 async fn observe(
@@ -319,8 +372,7 @@ async fn observe(
     let limit = ctx.settings.timeouts.recovery;
     let socket = ctx.records.dirs.socket(&pod.facts.id);
     let look = async {
-        let (shim, hello) =
-            Shim::connect(&pod.facts.id, &socket, limit, mailbox.clone()).await?;
+        let (shim, hello) = Shim::connect(&pod.facts.id, &socket, limit, mailbox.clone()).await?;
         let state = shim.state(limit).await?;
         Ok::<_, Error>((shim, hello, state))
     };
@@ -330,7 +382,11 @@ async fn observe(
             let observed = Observed::Shim {
                 process,
                 holder: state.holder.map(process_ref),
-                containers: state.containers.into_iter().map(observed_container).collect(),
+                containers: state
+                    .containers
+                    .into_iter()
+                    .map(observed_container)
+                    .collect(),
             };
             (Some(shim), observed)
         }
@@ -346,7 +402,10 @@ async fn observe(
 }
 
 fn process_ref(process: v1::Process) -> ProcessRef {
-    ProcessRef { pid: process.pid, start_time: process.start_time }
+    ProcessRef {
+        pid: process.pid,
+        start_time: process.start_time,
+    }
 }
 
 fn observed_container(state: v1::ContainerState) -> ObservedContainer {
@@ -402,8 +461,13 @@ async fn adopt(
             tracing::error!(%error, "recovered pod state not recorded");
         }
     }
-    let mut driver =
-        Driver::new(Arc::clone(ctx), Arc::clone(&pod.facts), status, state, mailbox.clone());
+    let mut driver = Driver::new(
+        Arc::clone(ctx),
+        Arc::clone(&pod.facts),
+        status,
+        state,
+        mailbox.clone(),
+    );
     driver.shim = shim;
     for (facts, status) in pod.containers {
         if let Some(container) = recover_container(ctx, facts, status, observed).await {
@@ -411,9 +475,16 @@ async fn adopt(
         }
     }
     if let Some(metadata) = &pod.facts.config.metadata {
-        let config_hash = pod.facts.record.config_hash.as_slice().try_into().unwrap_or_default();
+        let config_hash = pod
+            .facts
+            .record
+            .config_hash
+            .as_slice()
+            .try_into()
+            .unwrap_or_default();
         let reserved = Reserved { id, config_hash };
-        ctx.registry.adopt(PodName::from(metadata), reserved, mailbox);
+        ctx.registry
+            .adopt(PodName::from(metadata), reserved, mailbox);
     }
     driver.publish();
     tokio::spawn(driver.run(messages));
@@ -451,7 +522,10 @@ async fn recover_container(
                     message: "the machine was restarted".to_owned(),
                 },
             };
-            ContainerState::Exited { exit, started_at: status.started_at }
+            ContainerState::Exited {
+                exit,
+                started_at: status.started_at,
+            }
         }
     };
     if state != recorded {
@@ -470,9 +544,8 @@ fn remove_orphans(ctx: &Context) -> usize {
     let dirs = &ctx.records.dirs;
     let store = &ctx.records.store;
     let known_pod = |id: &PodId| !matches!(store.get::<record::PodConfig>(id.as_str()), Ok(None));
-    let known_container = |id: &ContainerId| {
-        !matches!(store.get::<record::ContainerConfig>(id.as_str()), Ok(None))
-    };
+    let known_container =
+        |id: &ContainerId| !matches!(store.get::<record::ContainerConfig>(id.as_str()), Ok(None));
     let mut removed = 0;
     let mut note = |what: &str, name: &str, outcome: Result<(), String>| match outcome {
         Ok(()) => {
@@ -482,7 +555,9 @@ fn remove_orphans(ctx: &Context) -> usize {
         Err(error) => tracing::error!(what, name, error, "orphan stays"),
     };
     for name in names(&dirs.containers()).unwrap_or_default() {
-        let Ok(id) = name.parse::<ContainerId>() else { continue };
+        let Ok(id) = name.parse::<ContainerId>() else {
+            continue;
+        };
         if !known_container(&id) {
             let outcome = ctx
                 .snapshotter
@@ -497,7 +572,10 @@ fn remove_orphans(ctx: &Context) -> usize {
     match ctx.snapshotter.snapshots() {
         Ok(snapshots) => {
             for id in snapshots.iter().filter(|id| !known_container(id)) {
-                let outcome = ctx.snapshotter.remove(id).map_err(|error| error.to_string());
+                let outcome = ctx
+                    .snapshotter
+                    .remove(id)
+                    .map_err(|error| error.to_string());
                 note("snapshot", id.as_str(), outcome);
             }
         }
@@ -529,9 +607,18 @@ fn remove_orphans(ctx: &Context) -> usize {
 mod tests {
     use super::*;
 
-    const SHIM: ProcessRef = ProcessRef { pid: 10, start_time: 100 };
-    const HOLDER: ProcessRef = ProcessRef { pid: 11, start_time: 101 };
-    const INIT: ProcessRef = ProcessRef { pid: 12, start_time: 102 };
+    const SHIM: ProcessRef = ProcessRef {
+        pid: 10,
+        start_time: 100,
+    };
+    const HOLDER: ProcessRef = ProcessRef {
+        pid: 11,
+        start_time: 101,
+    };
+    const INIT: ProcessRef = ProcessRef {
+        pid: 12,
+        start_time: 102,
+    };
 
     fn exit(code: i32) -> Exit {
         Exit {
@@ -544,63 +631,124 @@ mod tests {
     }
 
     fn shim(holder: bool, containers: Vec<ObservedContainer>) -> Observed {
-        Observed::Shim { process: SHIM, holder: holder.then_some(HOLDER), containers }
+        Observed::Shim {
+            process: SHIM,
+            holder: holder.then_some(HOLDER),
+            containers,
+        }
     }
 
     fn seen(process: Option<ProcessRef>, exit: Option<Exit>) -> Vec<ObservedContainer> {
-        vec![ObservedContainer { id: "c".into(), process, started_at: 5, exit }]
+        vec![ObservedContainer {
+            id: "c".into(),
+            process,
+            started_at: 5,
+            exit,
+        }]
     }
 
     #[test]
     fn pods() {
-        let ready = PodState::Ready { shim: SHIM, holder: HOLDER };
-        let stopped = PodState::NotReady { reason: "stopped".into() };
+        let ready = PodState::Ready {
+            shim: SHIM,
+            holder: HOLDER,
+        };
+        let stopped = PodState::NotReady {
+            reason: "stopped".into(),
+        };
         let not_ready = |action: PodAction| match action {
             PodAction::Keep(PodState::NotReady { reason }) => reason,
             other => panic!("{other:?}"),
         };
         // record, observed -> action
-        assert_eq!(reconcile_pod(&ready, &shim(true, vec![])), PodAction::Keep(ready.clone()));
+        assert_eq!(
+            reconcile_pod(&ready, &shim(true, vec![])),
+            PodAction::Keep(ready.clone())
+        );
         assert!(not_ready(reconcile_pod(&ready, &shim(false, vec![]))).contains("holder"));
         assert!(not_ready(reconcile_pod(&ready, &Observed::Gone)).contains("shim"));
         assert_eq!(reconcile_pod(&ready, &Observed::Hung), PodAction::KillShim);
         for observed in [shim(true, vec![]), shim(false, vec![]), Observed::Gone] {
-            assert_eq!(reconcile_pod(&PodState::Creating, &observed), PodAction::Undo);
+            assert_eq!(
+                reconcile_pod(&PodState::Creating, &observed),
+                PodAction::Undo
+            );
             assert_eq!(not_ready(reconcile_pod(&stopped, &observed)), "stopped");
         }
-        assert_eq!(reconcile_pod(&PodState::Creating, &Observed::Hung), PodAction::KillShim);
+        assert_eq!(
+            reconcile_pod(&PodState::Creating, &Observed::Hung),
+            PodAction::KillShim
+        );
     }
 
     #[test]
     fn containers() {
-        let running = ContainerState::Running { process: INIT, started_at: 3 };
-        let exited = ContainerState::Exited { exit: exit(7), started_at: 3 };
+        let running = ContainerState::Running {
+            process: INIT,
+            started_at: 3,
+        };
+        let exited = ContainerState::Exited {
+            exit: exit(7),
+            started_at: 3,
+        };
         let unknown = ContainerState::Unknown { why: "lost".into() };
         let keep = ContainerAction::Keep;
-        let look = |state: &ContainerState, observed: &Observed| {
-            reconcile_container("c", state, observed)
-        };
+        let look =
+            |state: &ContainerState, observed: &Observed| reconcile_container("c", state, observed);
         let alive = shim(true, seen(Some(INIT), None));
         let dead = shim(true, seen(Some(INIT), Some(exit(7))));
         let absent = shim(true, vec![]);
 
-        assert_eq!(look(&running, &alive), keep(running.clone()), "the start time that was told");
-        assert_eq!(look(&running, &dead), keep(exited.clone()), "exited while we were down");
+        assert_eq!(
+            look(&running, &alive),
+            keep(running.clone()),
+            "the start time that was told"
+        );
+        assert_eq!(
+            look(&running, &dead),
+            keep(exited.clone()),
+            "exited while we were down"
+        );
         assert!(matches!(look(&running, &absent), ContainerAction::Lost(_)));
-        assert!(matches!(look(&running, &Observed::Gone), ContainerAction::Lost(_)));
+        assert!(matches!(
+            look(&running, &Observed::Gone),
+            ContainerAction::Lost(_)
+        ));
 
-        let started = ContainerState::Running { process: INIT, started_at: 5 };
-        assert_eq!(look(&ContainerState::Created, &alive), keep(started.clone()), "reply lost");
+        let started = ContainerState::Running {
+            process: INIT,
+            started_at: 5,
+        };
+        assert_eq!(
+            look(&ContainerState::Created, &alive),
+            keep(started.clone()),
+            "reply lost"
+        );
         assert_eq!(look(&unknown, &alive), keep(started));
-        let ended = ContainerState::Exited { exit: exit(7), started_at: 5 };
+        let ended = ContainerState::Exited {
+            exit: exit(7),
+            started_at: 5,
+        };
         assert_eq!(look(&ContainerState::Created, &dead), keep(ended));
-        assert_eq!(look(&ContainerState::Created, &absent), keep(ContainerState::Created));
-        assert_eq!(look(&ContainerState::Created, &Observed::Gone), keep(ContainerState::Created));
+        assert_eq!(
+            look(&ContainerState::Created, &absent),
+            keep(ContainerState::Created)
+        );
+        assert_eq!(
+            look(&ContainerState::Created, &Observed::Gone),
+            keep(ContainerState::Created)
+        );
 
         for observed in [alive, dead, absent, Observed::Gone] {
             assert_eq!(look(&exited, &observed), keep(exited.clone()));
-            assert_eq!(look(&ContainerState::Creating, &observed), ContainerAction::Undo);
+            assert_eq!(
+                look(&ContainerState::Creating, &observed),
+                ContainerAction::Undo
+            );
         }
-        assert!(matches!(look(&unknown, &Observed::Gone), ContainerAction::Lost(_)));
+        assert!(matches!(
+            look(&unknown, &Observed::Gone),
+            ContainerAction::Lost(_)
+        ));
     }
 }

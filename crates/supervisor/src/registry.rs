@@ -71,7 +71,11 @@ impl From<&cri::PodSandboxMetadata> for PodName {
 
 impl std::fmt::Display for PodName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}_{}_{}_{}", self.name, self.namespace, self.uid, self.attempt)
+        write!(
+            f,
+            "{}_{}_{}_{}",
+            self.name, self.namespace, self.uid, self.attempt
+        )
     }
 }
 
@@ -121,7 +125,13 @@ impl Registry {
         if let Some(holder) = maps.names.get(&name) {
             return Err(holder.clone());
         }
-        maps.pods.insert(new.id.clone(), Entry { mailbox, view: None });
+        maps.pods.insert(
+            new.id.clone(),
+            Entry {
+                mailbox,
+                view: None,
+            },
+        );
         maps.names.insert(name, new);
         Ok(())
     }
@@ -137,7 +147,13 @@ impl Registry {
     /// Adds a recovered pod; a name that two records claim stays with the first.
     pub(crate) fn adopt(&self, name: PodName, pod: Reserved, mailbox: mpsc::Sender<Msg>) {
         let mut maps = self.write();
-        maps.pods.insert(pod.id.clone(), Entry { mailbox, view: None });
+        maps.pods.insert(
+            pod.id.clone(),
+            Entry {
+                mailbox,
+                view: None,
+            },
+        );
         maps.names.entry(name).or_insert(pod);
     }
 
@@ -145,19 +161,25 @@ impl Registry {
         let mut maps = self.write();
         let id = view.facts.id.clone();
         let view = Arc::new(view);
-        maps.containers.retain(|_, pod| *pod != id);
-        for container in &view.containers {
-            maps.containers.insert(container.facts.id.clone(), id.clone());
+        let Some(entry) = maps.pods.get_mut(&id) else {
+            return;
+        };
+        let before = entry.view.replace(Arc::clone(&view));
+        for container in before.iter().flat_map(|before| &before.containers) {
+            maps.containers.remove(&container.facts.id);
         }
-        if let Some(entry) = maps.pods.get_mut(&id) {
-            entry.view = Some(view);
+        for container in &view.containers {
+            maps.containers
+                .insert(container.facts.id.clone(), id.clone());
         }
     }
 
     pub(crate) fn remove(&self, name: &PodName, id: &PodId) {
         let mut maps = self.write();
-        maps.pods.remove(id);
-        maps.containers.retain(|_, pod| pod != id);
+        let view = maps.pods.remove(id).and_then(|entry| entry.view);
+        for container in view.iter().flat_map(|view| &view.containers) {
+            maps.containers.remove(&container.facts.id);
+        }
         if maps.names.get(name).is_some_and(|holder| holder.id == *id) {
             maps.names.remove(name);
         }
@@ -169,14 +191,21 @@ impl Registry {
 
     /// Every pod that is complete enough to be listed.
     pub fn pods(&self) -> Vec<Arc<PodView>> {
-        self.read().pods.values().filter_map(|entry| entry.view.clone()).collect()
+        self.read()
+            .pods
+            .values()
+            .filter_map(|entry| entry.view.clone())
+            .collect()
     }
 
     /// The pod whose id is, or uniquely begins with, `id`.
     pub fn pod(&self, id: &str) -> Result<Arc<PodView>, Error> {
         let maps = self.read();
         let visible = |(id, entry): (&PodId, &Entry)| {
-            entry.view.as_ref().map(|view| (id.as_str().to_owned(), Arc::clone(view)))
+            entry
+                .view
+                .as_ref()
+                .map(|view| (id.as_str().to_owned(), Arc::clone(view)))
         };
         unique("pod sandbox", id, from(&maps.pods, id).filter_map(visible))
     }
@@ -189,9 +218,20 @@ impl Registry {
             id,
             from(&maps.containers, id).map(|(id, pod)| (id.as_str().to_owned(), (id, pod))),
         )?;
-        let missing = || Error::NotFound { what: "container", id: id.to_owned() };
-        let view = maps.pods.get(pod).and_then(|entry| entry.view.clone()).ok_or_else(missing)?;
-        let found = view.containers.iter().find(|c| c.facts.id == *container).cloned();
+        let missing = || Error::NotFound {
+            what: "container",
+            id: id.to_owned(),
+        };
+        let view = maps
+            .pods
+            .get(pod)
+            .and_then(|entry| entry.view.clone())
+            .ok_or_else(missing)?;
+        let found = view
+            .containers
+            .iter()
+            .find(|c| c.facts.id == *container)
+            .cloned();
         Ok((view, found.ok_or_else(missing)?))
     }
 }
@@ -212,10 +252,16 @@ fn unique<T>(
 ) -> Result<T, Error> {
     let mut matching = entries.take_while(|(id, _)| !prefix.is_empty() && id.starts_with(prefix));
     let Some((id, found)) = matching.next() else {
-        return Err(Error::NotFound { what, id: prefix.chars().take(80).collect() });
+        return Err(Error::NotFound {
+            what,
+            id: prefix.chars().take(80).collect(),
+        });
     };
     if id != prefix && matching.next().is_some() {
-        return Err(Error::Ambiguous { what, prefix: prefix.to_owned() });
+        return Err(Error::Ambiguous {
+            what,
+            prefix: prefix.to_owned(),
+        });
     }
     Ok(found)
 }
@@ -226,26 +272,53 @@ mod tests {
 
     #[test]
     fn ids_match_by_unique_prefix() {
-        let entries = |ids: &[&str]| ids.iter().map(|id| ((*id).to_owned(), ())).collect::<Vec<_>>();
-        let find = |prefix: &str, ids: &[&str]| unique("pod sandbox", prefix, entries(ids).into_iter());
+        let entries = |ids: &[&str]| {
+            ids.iter()
+                .map(|id| ((*id).to_owned(), ()))
+                .collect::<Vec<_>>()
+        };
+        let find =
+            |prefix: &str, ids: &[&str]| unique("pod sandbox", prefix, entries(ids).into_iter());
         assert!(find("ab", &["abc", "b"]).is_ok());
-        assert!(matches!(find("ab", &["abc", "abd"]), Err(Error::Ambiguous { .. })));
+        assert!(matches!(
+            find("ab", &["abc", "abd"]),
+            Err(Error::Ambiguous { .. })
+        ));
         assert!(find("abc", &["abc", "abcd"]).is_ok());
         assert!(matches!(find("", &["abc"]), Err(Error::NotFound { .. })));
-        assert!(matches!(find("x", &["xab"].map(|_| "y")), Err(Error::NotFound { .. })));
+        assert!(matches!(
+            find("x", &["xab"].map(|_| "y")),
+            Err(Error::NotFound { .. })
+        ));
     }
 
     #[test]
     fn a_name_is_held_by_one_pod() {
         let registry = Registry::default();
-        let name = PodName { name: "n".into(), namespace: "s".into(), uid: "u".into(), attempt: 0 };
-        let reserved = |n: u8| Reserved { id: PodId::from_random([n; 32]), config_hash: [n; 32] };
+        let name = PodName {
+            name: "n".into(),
+            namespace: "s".into(),
+            uid: "u".into(),
+            attempt: 0,
+        };
+        let reserved = |n: u8| Reserved {
+            id: PodId::from_random([n; 32]),
+            config_hash: [n; 32],
+        };
         let (mailbox, _receiver) = mpsc::channel(1);
-        registry.reserve(name.clone(), reserved(1), mailbox.clone()).unwrap();
-        let holder = registry.reserve(name.clone(), reserved(2), mailbox.clone()).unwrap_err();
+        registry
+            .reserve(name.clone(), reserved(1), mailbox.clone())
+            .unwrap();
+        let holder = registry
+            .reserve(name.clone(), reserved(2), mailbox.clone())
+            .unwrap_err();
         assert_eq!(holder.id, reserved(1).id);
         registry.release_name(&name, &reserved(2).id);
-        assert!(registry.reserve(name.clone(), reserved(2), mailbox.clone()).is_err());
+        assert!(
+            registry
+                .reserve(name.clone(), reserved(2), mailbox.clone())
+                .is_err()
+        );
         registry.release_name(&name, &reserved(1).id);
         registry.reserve(name, reserved(2), mailbox).unwrap();
     }

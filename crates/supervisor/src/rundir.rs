@@ -32,7 +32,10 @@ pub struct RunDirs {
 
 impl RunDirs {
     pub fn new(state: &Path, netns: &Path) -> Self {
-        Self { state: state.to_owned(), netns: netns.to_owned() }
+        Self {
+            state: state.to_owned(),
+            netns: netns.to_owned(),
+        }
     }
 
     pub fn pods(&self) -> PathBuf {
@@ -94,7 +97,10 @@ const NETNS_PREFIX: &str = "gantry-";
 
 /// Makes a directory that only root may enter; there already is success.
 pub fn make_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
 }
 
 /// File names in a directory; a directory that is absent has none.
@@ -104,7 +110,9 @@ pub fn names(dir: &Path) -> io::Result<Vec<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect()
 }
 
 /// Removes a run directory with all that is in it; absent is success. Mounts below it must be
@@ -184,7 +192,10 @@ mod tests {
     #[test]
     fn a_record_file_is_read_back_and_a_damaged_one_is_none() {
         let dir = tempfile::tempdir().unwrap();
-        let status = record::PodStatus { reason: "why".into(), ..Default::default() };
+        let status = record::PodStatus {
+            reason: "why".into(),
+            ..Default::default()
+        };
         write_record(dir.path(), &status).unwrap();
         assert_eq!(read_record::<record::PodStatus>(dir.path()), Some(status));
         fs::write(dir.path().join("status"), b"torn").unwrap();

@@ -21,7 +21,7 @@ pub struct Handler {
 /// What the runtime said of itself at start (`features` and `--version`).
 #[derive(Clone, Debug, Default)]
 pub struct HandlerFeatures {
-    /// First line of `--version`.
+    /// As `--version` tells it.
     pub version: String,
     pub recursive_read_only_mounts: bool,
     pub user_namespaces: bool,
@@ -84,7 +84,11 @@ impl Default for Timeouts {
 impl Settings {
     /// The handler of a request; the empty name means the default one.
     pub fn handler(&self, name: &str) -> Option<&Handler> {
-        let name = if name.is_empty() { &self.default_handler } else { name };
+        let name = if name.is_empty() {
+            &self.default_handler
+        } else {
+            name
+        };
         self.handlers.get(name)
     }
 }

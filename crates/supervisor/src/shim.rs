@@ -91,8 +91,14 @@ pub async fn spawn(
         .spawn()
         .map_err(|error| Error::io(STEP, binary, &error))?;
     let handshake = async {
-        let mut stdin = child.stdin.take().ok_or_else(|| Error::internal(STEP, "no stdin"))?;
-        let mut stdout = child.stdout.take().ok_or_else(|| Error::internal(STEP, "no stdout"))?;
+        let mut stdin = child
+            .stdin
+            .take()
+            .ok_or_else(|| Error::internal(STEP, "no stdin"))?;
+        let mut stdout = child
+            .stdout
+            .take()
+            .ok_or_else(|| Error::internal(STEP, "no stdout"))?;
         let broken = |error: io::Error| Error::internal(STEP, error);
         let frame = encode(bootstrap).map_err(|error| Error::internal(STEP, error))?;
         stdin.write_all(&frame).await.map_err(broken)?;
@@ -111,7 +117,10 @@ pub async fn spawn(
         }
     };
     let outcome = timeout(limit, handshake).await.unwrap_or_else(|_| {
-        Err(Error::Deadline { what: "start of the shim".into(), seconds: limit.as_secs() })
+        Err(Error::Deadline {
+            what: "start of the shim".into(),
+            seconds: limit.as_secs(),
+        })
     });
     match outcome {
         Ok(ready) if ready.error.is_empty() => Ok(ready),
@@ -136,15 +145,22 @@ impl Shim {
         limit: Duration,
         mailbox: mpsc::Sender<Msg>,
     ) -> Result<(Arc<Self>, v1::HelloReply), Error> {
-        let lost = |reason: String| Error::Shim { pod: pod.to_string(), reason };
+        let lost = |reason: String| Error::Shim {
+            pod: pod.to_string(),
+            reason,
+        };
         let connect = async {
-            UnixStream::connect(socket).await.map_err(|e| lost(format!("{}: {e}", socket.display())))
+            UnixStream::connect(socket)
+                .await
+                .map_err(|e| lost(format!("{}: {e}", socket.display())))
         };
         let stream = timeout(limit, connect)
             .await
             .map_err(|_| lost(format!("{}: no connection", socket.display())))??;
         let credentials = stream.peer_cred().map_err(|e| lost(format!("peer: {e}")))?;
-        let pid = credentials.pid().ok_or_else(|| lost("peer has no pid".into()))?;
+        let pid = credentials
+            .pid()
+            .ok_or_else(|| lost("peer has no pid".into()))?;
         let pidfd = PidFd::open(pid).map_err(|error| lost(format!("pidfd of {pid}: {error}")))?;
         let process = gantry_sys::process::process_ref(pid)
             .map_err(|error| lost(format!("start time of {pid}: {error}")))?;
@@ -194,10 +210,16 @@ impl Shim {
         fds: Vec<OwnedFd>,
         limit: Duration,
     ) -> Reply {
-        let lost = |reason: &str| Error::Shim { pod: self.pod.to_string(), reason: reason.into() };
+        let lost = |reason: &str| Error::Shim {
+            pod: self.pod.to_string(),
+            reason: reason.into(),
+        };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let frame = encode(&v1::Request { id, body: Some(body) })
-            .map_err(|error| Error::internal("encode shim request", error))?;
+        let frame = encode(&v1::Request {
+            id,
+            body: Some(body),
+        })
+        .map_err(|error| Error::internal("encode shim request", error))?;
         let (reply, answer) = oneshot::channel();
         lock(&self.waiting.replies).insert(id, reply);
         let exchange = async {
@@ -243,9 +265,10 @@ impl Shim {
         limit: Duration,
     ) -> Result<ProcessRef, Error> {
         match self.call_with_fds(body, fds, limit).await? {
-            message::Body::Started(process) => {
-                Ok(ProcessRef { pid: process.pid, start_time: process.start_time })
-            }
+            message::Body::Started(process) => Ok(ProcessRef {
+                pid: process.pid,
+                start_time: process.start_time,
+            }),
             other => Err(unexpected(&self.pod, &other)),
         }
     }
@@ -280,7 +303,10 @@ impl Shim {
 const SIGKILL: i32 = 9;
 
 fn unexpected(pod: &PodId, body: &message::Body) -> Error {
-    Error::Shim { pod: pod.to_string(), reason: format!("unexpected answer {body:?}") }
+    Error::Shim {
+        pod: pod.to_string(),
+        reason: format!("unexpected answer {body:?}"),
+    }
 }
 
 async fn write_frames(write: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>) {
@@ -302,10 +328,20 @@ async fn write_frame(write: &OwnedWriteHalf, frame: &[u8], fds: &[OwnedFd]) -> i
         let step = stream.try_io(Interest::WRITABLE, || {
             let rights = [ControlMessage::ScmRights(&raw)];
             // Descriptors belong to the frame's first byte.
-            let control: &[_] = if sent == 0 && !raw.is_empty() { &rights } else { &[] };
+            let control: &[_] = if sent == 0 && !raw.is_empty() {
+                &rights
+            } else {
+                &[]
+            };
             let data = [IoSlice::new(&frame[sent..])];
             let flags = MsgFlags::MSG_NOSIGNAL;
-            Ok(sendmsg::<()>(stream.as_raw_fd(), &data, control, flags, None)?)
+            Ok(sendmsg::<()>(
+                stream.as_raw_fd(),
+                &data,
+                control,
+                flags,
+                None,
+            )?)
         });
         match step {
             Ok(n) => sent += n,
@@ -387,13 +423,20 @@ fn refused(error: &v1::Error) -> Error {
         v1::ErrorKind::Runtime => ErrorKind::Unknown,
         v1::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
     };
-    Error::Failed { step: "shim", kind, message: error.message.clone() }
+    Error::Failed {
+        step: "shim",
+        kind,
+        message: error.message.clone(),
+    }
 }
 
 /// Tells the driver when the shim's process has ended.
 async fn watch(pidfd: Arc<PidFd>, mailbox: mpsc::Sender<Msg>) {
     let ended = async {
-        #[expect(deprecated, reason = "its successor is unsafe; a PidFd owns its descriptor")]
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; a PidFd owns its descriptor"
+        )]
         let fd = AsyncFd::with_interest(ArcFd(pidfd), Interest::READABLE)?;
         fd.readable().await.map(|mut guard| guard.clear_ready())
     };

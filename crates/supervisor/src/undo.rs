@@ -30,7 +30,11 @@ impl Undo {
                 failed.push(format!("{name}: {error}"));
             }
         }
-        if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+        if failed.is_empty() {
+            Ok(())
+        } else {
+            Err(failed.join("; "))
+        }
     }
 }
 
@@ -47,7 +51,11 @@ mod tests {
             let ran = Arc::clone(&ran);
             undo.push(name, async move {
                 ran.lock().unwrap().push(name);
-                if ok { Ok(()) } else { Err(Error::internal("step", "broken")) }
+                if ok {
+                    Ok(())
+                } else {
+                    Err(Error::internal("step", "broken"))
+                }
             });
         }
         let error = undo.run().await.unwrap_err();

@@ -44,7 +44,10 @@ impl Digest {
         for byte in hash {
             let _ = write!(text, "{byte:02x}");
         }
-        Self { algorithm: Algorithm::Sha256, text: text.into() }
+        Self {
+            algorithm: Algorithm::Sha256,
+            text: text.into(),
+        }
     }
 
     pub fn algorithm(&self) -> Algorithm {
@@ -75,7 +78,10 @@ impl FromStr for Digest {
         if hex.len() != algorithm.hex_len() || !hex.bytes().all(lower_hex) {
             return Err(bad());
         }
-        Ok(Self { algorithm, text: text.into() })
+        Ok(Self {
+            algorithm,
+            text: text.into(),
+        })
     }
 }
 

@@ -102,7 +102,14 @@ mod tests {
         let good = "0123456789abcdef".repeat(4);
         assert_eq!(good.parse::<PodId>().unwrap().as_str(), good);
         let traversal = format!("../{}", &good[3..]);
-        for bad in ["", "abc", "../../etc", &good.to_uppercase(), &format!("{good}0"), &traversal] {
+        for bad in [
+            "",
+            "abc",
+            "../../etc",
+            &good.to_uppercase(),
+            &format!("{good}0"),
+            &traversal,
+        ] {
             assert!(bad.parse::<PodId>().is_err(), "{bad}");
         }
     }

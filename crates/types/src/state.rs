@@ -21,8 +21,13 @@ use crate::{Exit, ProcessRef};
 pub enum PodState {
     /// Being made: no reply was sent. Listed as not ready.
     Creating,
-    Ready { shim: ProcessRef, holder: ProcessRef },
-    NotReady { reason: String },
+    Ready {
+        shim: ProcessRef,
+        holder: ProcessRef,
+    },
+    NotReady {
+        reason: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,11 +36,19 @@ pub enum ContainerState {
     Creating,
     Created,
     /// `started_at` in nanoseconds since the epoch.
-    Running { process: ProcessRef, started_at: i64 },
+    Running {
+        process: ProcessRef,
+        started_at: i64,
+    },
     /// `started_at` is 0 when it never ran.
-    Exited { exit: Exit, started_at: i64 },
+    Exited {
+        exit: Exit,
+        started_at: i64,
+    },
     /// Neither the kernel nor the shim could say.
-    Unknown { why: String },
+    Unknown {
+        why: String,
+    },
 }
 
 /// What a request may do in a state.
@@ -118,7 +131,10 @@ mod tests {
     use super::*;
 
     fn containers() -> Vec<ContainerState> {
-        let process = ProcessRef { pid: 7, start_time: 9 };
+        let process = ProcessRef {
+            pid: 7,
+            start_time: 9,
+        };
         let exit = Exit {
             code: 0,
             finished_at: 1,
@@ -129,8 +145,14 @@ mod tests {
         vec![
             ContainerState::Creating,
             ContainerState::Created,
-            ContainerState::Running { process, started_at: 1 },
-            ContainerState::Exited { exit, started_at: 1 },
+            ContainerState::Running {
+                process,
+                started_at: 1,
+            },
+            ContainerState::Exited {
+                exit,
+                started_at: 1,
+            },
             ContainerState::Unknown { why: String::new() },
         ]
     }
@@ -142,14 +164,25 @@ mod tests {
             Decision::Done => 'D',
             Decision::Deny(_) => 'N',
         };
-        containers().iter().map(|state| letter(decide(state))).collect()
+        containers()
+            .iter()
+            .map(|state| letter(decide(state)))
+            .collect()
     }
 
     #[test]
     fn what_each_container_state_allows() {
-        let process = ProcessRef { pid: 1, start_time: 1 };
-        let ready = PodState::Ready { shim: process, holder: process };
-        let stopped = PodState::NotReady { reason: String::new() };
+        let process = ProcessRef {
+            pid: 1,
+            start_time: 1,
+        };
+        let ready = PodState::Ready {
+            shim: process,
+            holder: process,
+        };
+        let stopped = PodState::NotReady {
+            reason: String::new(),
+        };
         assert_eq!(row(|c| c.may_start(&ready)), "NGDNN");
         assert_eq!(row(|c| c.may_start(&stopped)), "NNDNN");
         assert_eq!(row(ContainerState::may_stop), "DDGDG");
@@ -159,13 +192,25 @@ mod tests {
 
     #[test]
     fn only_a_ready_pod_takes_containers() {
-        let process = ProcessRef { pid: 1, start_time: 1 };
+        let process = ProcessRef {
+            pid: 1,
+            start_time: 1,
+        };
         assert_eq!(
-            PodState::Ready { shim: process, holder: process }.may_create_container(),
+            PodState::Ready {
+                shim: process,
+                holder: process
+            }
+            .may_create_container(),
             Decision::Go
         );
-        assert!(matches!(PodState::Creating.may_create_container(), Decision::Deny(_)));
-        let stopped = PodState::NotReady { reason: String::new() };
+        assert!(matches!(
+            PodState::Creating.may_create_container(),
+            Decision::Deny(_)
+        ));
+        let stopped = PodState::NotReady {
+            reason: String::new(),
+        };
         assert!(matches!(stopped.may_create_container(), Decision::Deny(_)));
     }
 }

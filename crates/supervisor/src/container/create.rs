@@ -69,7 +69,11 @@ impl Driver {
             }
         };
         let facts = Arc::new(facts);
-        let resources = facts.config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
+        let resources = facts
+            .config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.resources.as_ref());
         let status = record::ContainerStatus {
             resources: resources.map(Message::encode_to_vec).unwrap_or_default(),
             ..Default::default()
@@ -109,10 +113,16 @@ impl Driver {
         config_hash: [u8; 32],
         reply: Reply<ContainerId>,
     ) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         if container.facts.record.config_hash != config_hash {
             let id = id.to_string();
-            let _ = reply.send(Err(Error::NameInUse { what: "container", name, id }));
+            let _ = reply.send(Err(Error::NameInUse {
+                what: "container",
+                name,
+                id,
+            }));
         } else if container.remove.is_some() {
             let _ = reply.send(Err(container.denied("it is being removed")));
         } else if container.state == ContainerState::Creating {
@@ -127,7 +137,9 @@ impl Driver {
         id: &ContainerId,
         outcome: Result<record::ContainerStatus, Failed>,
     ) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         container.busy = None;
         let waiters = std::mem::take(&mut container.creating);
         match outcome {
@@ -138,13 +150,20 @@ impl Driver {
             }
             Err(Failed { error, left: None }) => {
                 let removers = container.remove.take().unwrap_or_default();
-                let stoppers = container.stop.take().map(|wish| wish.waiters).unwrap_or_default();
+                let stoppers = container
+                    .stop
+                    .take()
+                    .map(|wish| wish.waiters)
+                    .unwrap_or_default();
                 self.drop_container(id);
                 answer(waiters, &Err(error));
                 answer(removers, &Ok(()));
                 answer(stoppers, &Ok(()));
             }
-            Err(Failed { error, left: Some(left) }) => {
+            Err(Failed {
+                error,
+                left: Some(left),
+            }) => {
                 tracing::error!(container = %id, %error, left, "a failed container is left to be removed");
                 let state = half_made(format!("{error}; {left}"));
                 set_container_state(&mut container.status, &state);
@@ -158,13 +177,17 @@ impl Driver {
     }
 
     fn target_pid(&self, config: &cri::ContainerConfig) -> Result<Option<i32>, Error> {
-        let Some(target) = resolve::target_id(config) else { return Ok(None) };
+        let Some(target) = resolve::target_id(config) else {
+            return Ok(None);
+        };
         let invalid = |reason: &str| Error::Invalid {
             field: "linux.security_context.namespace_options.target_id".to_owned(),
             reason: format!("{target:?} {reason}"),
         };
-        let container =
-            self.containers.get(target).ok_or_else(|| invalid("is no container of this pod"))?;
+        let container = self
+            .containers
+            .get(target)
+            .ok_or_else(|| invalid("is no container of this pod"))?;
         match container.state {
             ContainerState::Running { process, .. } => Ok(Some(process.pid)),
             ContainerState::Creating
@@ -189,7 +212,11 @@ pub(crate) fn half_made(message: String) -> ContainerState {
 }
 
 fn find_image(ctx: &Context, config: &cri::ContainerConfig) -> Result<ImageInUse, Error> {
-    let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
+    let name = config
+        .image
+        .as_ref()
+        .map(|image| image.image.as_str())
+        .unwrap_or_default();
     if name.is_empty() {
         return Err(Error::Invalid {
             field: "config.image.image".to_owned(),
@@ -199,7 +226,10 @@ fn find_image(ctx: &Context, config: &cri::ContainerConfig) -> Result<ImageInUse
     ctx.images
         .use_image(name)
         .map_err(Error::step("find image"))?
-        .ok_or_else(|| Error::NotFound { what: "image", id: name.to_owned() })
+        .ok_or_else(|| Error::NotFound {
+            what: "image",
+            id: name.to_owned(),
+        })
 }
 
 /// What is known before anything is made.
@@ -211,7 +241,11 @@ fn facts(
     image: &Image,
 ) -> Result<ContainerFacts, Error> {
     let id = ContainerId::from_random(crate::random());
-    let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str());
+    let parent = pod
+        .config
+        .linux
+        .as_ref()
+        .map(|linux| linux.cgroup_parent.as_str());
     let parent = ctx.settings.cgroups.parent(parent.unwrap_or_default())?;
     let place = ctx.settings.cgroups.container(parent, &id)?;
     let stop_signal =
@@ -230,7 +264,12 @@ fn facts(
         cgroup_dir: place.dir.to_string_lossy().into_owned(),
         oom_file: place.oom_file.to_string_lossy().into_owned(),
     };
-    Ok(ContainerFacts { id, pod: pod.id.clone(), config, record })
+    Ok(ContainerFacts {
+        id,
+        pod: pod.id.clone(),
+        config,
+        record,
+    })
 }
 
 /// `log_path` below the pod's log directory; empty when either is (CVE-2025-0750: it is joined,
@@ -245,12 +284,19 @@ fn log_path(directory: &str, path: &str) -> Result<String, Error> {
     };
     let plain = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
     if !Path::new(path).components().all(plain) {
-        return Err(invalid("config.log_path", path, "does not stay in the log directory"));
+        return Err(invalid(
+            "config.log_path",
+            path,
+            "does not stay in the log directory",
+        ));
     }
     if !Path::new(directory).is_absolute() {
         return Err(invalid("log_directory", directory, "is not absolute"));
     }
-    Ok(Path::new(directory).join(path).to_string_lossy().into_owned())
+    Ok(Path::new(directory)
+        .join(path)
+        .to_string_lossy()
+        .into_owned())
 }
 
 /// Makes the container on disk. On failure all is taken back, or what is left is named.
@@ -263,7 +309,9 @@ fn make(
     target_pid: Option<i32>,
 ) -> Result<record::ContainerStatus, Failed> {
     steps(ctx, pod, facts, image, status, target_pid).map_err(|error| {
-        let left = stop::remove_files(ctx, &facts.id).err().map(|error| error.to_string());
+        let left = stop::remove_files(ctx, &facts.id)
+            .err()
+            .map(|error| error.to_string());
         if let Some(left) = &left {
             let mut status = record::ContainerStatus::default();
             set_container_state(&mut status, &half_made(format!("{error}; {left}")));
@@ -283,20 +331,36 @@ fn steps(
     mut status: record::ContainerStatus,
     target_pid: Option<i32>,
 ) -> Result<record::ContainerStatus, Error> {
-    ctx.records.begin_container(&facts.id, &facts.record, &status)?;
+    ctx.records
+        .begin_container(&facts.id, &facts.record, &status)?;
     failpoint::at("container::after-intent")?;
     let dirs = &ctx.records.dirs;
     let rootfs = dirs.rootfs(&facts.id);
     make_dir(&rootfs).map_err(|error| Error::io("make root", &rootfs, &error))?;
     let step = Error::step("prepare root");
-    ctx.snapshotter.prepare(&facts.id, &image.layers).map_err(&step)?;
-    ctx.snapshotter.mount(&facts.id, &image.layers, &rootfs).map_err(&step)?;
+    ctx.snapshotter
+        .prepare(&facts.id, &image.layers)
+        .map_err(&step)?;
+    ctx.snapshotter
+        .mount(&facts.id, &image.layers, &rootfs)
+        .map_err(&step)?;
     failpoint::at("container::after-root")?;
 
-    let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str());
+    let parent = pod
+        .config
+        .linux
+        .as_ref()
+        .map(|linux| linux.cgroup_parent.as_str());
     let parent = ctx.settings.cgroups.parent(parent.unwrap_or_default())?;
     let place = ctx.settings.cgroups.container(parent, &facts.id)?;
-    let sources = Sources { ctx, pod, container: facts, image, place: &place, target_pid };
+    let sources = Sources {
+        ctx,
+        pod,
+        container: facts,
+        image,
+        place: &place,
+        target_pid,
+    };
     let resolved = sources.resolve()?;
     status.user = Some(record::User {
         uid: resolved.user.uid,
@@ -305,8 +369,7 @@ fn steps(
     });
     let spec = gantry_spec::container(&facts.config, &pod.config, &resolved)
         .map_err(Error::step("build spec"))?;
-    let json =
-        serde_json::to_vec(&spec).map_err(|error| Error::internal("encode spec", error))?;
+    let json = serde_json::to_vec(&spec).map_err(|error| Error::internal("encode spec", error))?;
     let path = dirs.container(&facts.id).join("config.json");
     write_file(&path, &json, 0o600).map_err(|error| Error::io("write spec", &path, &error))?;
 
@@ -322,7 +385,10 @@ mod tests {
 
     #[test]
     fn a_log_stays_in_its_directory() {
-        assert_eq!(log_path("/var/log/pods/p", "c/0.log").unwrap(), "/var/log/pods/p/c/0.log");
+        assert_eq!(
+            log_path("/var/log/pods/p", "c/0.log").unwrap(),
+            "/var/log/pods/p/c/0.log"
+        );
         assert_eq!(log_path("", "c/0.log").unwrap(), "");
         assert_eq!(log_path("/var/log", "").unwrap(), "");
         for bad in ["../x", "a/../../x", "/etc/passwd"] {

@@ -46,7 +46,9 @@ pub(crate) async fn exec_sync(
     let (stdout, stdout_end) = output_pipe().map_err(pipe_error)?;
     let (stderr, stderr_end) = output_pipe().map_err(pipe_error)?;
 
-    let exec_id = gantry_types::ContainerId::from_random(crate::random()).short().to_owned();
+    let exec_id = gantry_types::ContainerId::from_random(crate::random())
+        .short()
+        .to_owned();
     let mut guard = ExecGuard {
         shim: Arc::clone(&shim),
         container: view.facts.id.to_string(),
@@ -83,7 +85,10 @@ pub(crate) async fn exec_sync(
     };
     let Some(outcome) = outcome else {
         // Dropping the guard kills the tree.
-        return Err(Error::Deadline { what: "command".to_owned(), seconds: limit.as_secs() });
+        return Err(Error::Deadline {
+            what: "command".to_owned(),
+            seconds: limit.as_secs(),
+        });
     };
     guard.armed = outcome.is_err();
     let code = outcome?;

@@ -22,9 +22,9 @@ use crate::pod::{Driver, Reply, Request, answer};
 use crate::records::{container_state, set_container_state};
 use crate::registry::{ContainerFacts, ContainerView};
 
+pub(crate) use create::half_made;
 pub use exec::ExecOutput;
 pub(crate) use exec::exec_sync;
-pub(crate) use create::half_made;
 pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files};
 
 pub(crate) struct Container {
@@ -96,7 +96,9 @@ impl Container {
 impl Driver {
     /// Begins what the wishes for one container still need.
     pub(crate) fn advance_container(&mut self, id: &ContainerId) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         if container.busy.is_some() {
             return;
         }
@@ -113,7 +115,9 @@ impl Driver {
                 }
             }
         }
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         if container.busy.is_some() {
             return;
         }
@@ -123,7 +127,9 @@ impl Driver {
         }
         match container.queue.pop_front() {
             Some(Request::Start { reply, .. }) => self.start(id, reply),
-            Some(Request::Update { resources, reply, .. }) => self.update(id, *resources, reply),
+            Some(Request::Update {
+                resources, reply, ..
+            }) => self.update(id, *resources, reply),
             // Only these two are ever queued.
             Some(_) | None => {}
         }
@@ -136,7 +142,9 @@ impl Driver {
         state: &ContainerState,
         then: impl FnOnce(&mut Driver, &ContainerId) + Send + 'static,
     ) {
-        let Some(container) = self.containers.get(id) else { return };
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
         let status = container.status_with(state);
         let (ctx, key) = (Arc::clone(&self.ctx), id.clone());
         let (id, state) = (id.clone(), state.clone());

@@ -51,8 +51,13 @@ fn pid_mode(config: &cri::ContainerConfig, pod: Asked) -> cri::NamespaceMode {
 
 /// The container whose PID namespace is asked for, if one is.
 pub(super) fn target_id(config: &cri::ContainerConfig) -> Option<&str> {
-    let options =
-        config.linux.as_ref()?.security_context.as_ref()?.namespace_options.as_ref()?;
+    let options = config
+        .linux
+        .as_ref()?
+        .security_context
+        .as_ref()?
+        .namespace_options
+        .as_ref()?;
     (options.pid() == cri::NamespaceMode::Target).then_some(options.target_id.as_str())
 }
 
@@ -73,7 +78,10 @@ impl Sources<'_> {
         let ctx = self.ctx;
         let rootfs = ctx.records.dirs.rootfs(&self.container.id);
         let config = &self.container.config;
-        let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        let security = config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.as_ref());
         let privileged = security.is_some_and(|security| security.privileged);
         let user = self.user(&rootfs)?;
         let pod_dir = ctx.records.dirs.pod(&self.pod.id);
@@ -95,7 +103,10 @@ impl Sources<'_> {
             },
             user,
             rootfs,
-            cgroup: Cgroup { path: self.place.oci_path.clone(), node: ctx.settings.cgroup_node },
+            cgroup: Cgroup {
+                path: self.place.oci_path.clone(),
+                node: ctx.settings.cgroup_node,
+            },
             namespaces: self.namespaces(asked)?,
             hostname: hostname.trim_end().to_owned(),
             files: PodFiles {
@@ -111,19 +122,28 @@ impl Sources<'_> {
             mounts: mounts(config)?,
             volumes: Vec::new(),
             devices: devices(config)?,
-            host_devices: if privileged { host_devices(Path::new("/dev"))? } else { Vec::new() },
+            host_devices: if privileged {
+                host_devices(Path::new("/dev"))?
+            } else {
+                Vec::new()
+            },
             capabilities: KnownCapabilities {
                 default: gantry_spec::capabilities::default_set(),
                 all: gantry_spec::capabilities::from_mask(bounding),
             },
             oom_score_adj_floor: gantry_sys::oom::clamp_oom_score_adj(-1000),
             rlimits: Vec::new(),
-            seccomp: Seccomp { runtime_default: None, localhost: seccomp_profile(security)? },
+            seccomp: Seccomp {
+                runtime_default: None,
+                localhost: seccomp_profile(security)?,
+            },
             apparmor: AppArmor::Disabled,
             selinux: None,
             recursive_read_only: handler
                 .is_some_and(|handler| handler.features.recursive_read_only_mounts),
-            annotations: handler.map(|handler| handler.annotations.clone()).unwrap_or_default(),
+            annotations: handler
+                .map(|handler| handler.annotations.clone())
+                .unwrap_or_default(),
         })
     }
 
@@ -136,7 +156,10 @@ impl Sources<'_> {
             .linux
             .as_ref()
             .and_then(|linux| linux.security_context.as_ref());
-        let files = gantry_spec::user::Files { passwd: &passwd, group: &group };
+        let files = gantry_spec::user::Files {
+            passwd: &passwd,
+            group: &group,
+        };
         gantry_spec::user::resolve(security, &self.image.config.user, files)
             .map_err(Error::step("resolve user"))
     }
@@ -144,7 +167,11 @@ impl Sources<'_> {
     fn namespaces(&self, asked: Asked) -> Result<Namespaces, Error> {
         let pins = self.ctx.records.dirs.pins(&self.pod.id);
         let join = |host: bool, path: PathBuf| {
-            if host { Namespace::Host } else { Namespace::Join(path) }
+            if host {
+                Namespace::Host
+            } else {
+                Namespace::Join(path)
+            }
         };
         let pid = match pid_mode(&self.container.config, asked) {
             cri::NamespaceMode::Pod => Namespace::Join(pins.join("pid")),
@@ -159,7 +186,10 @@ impl Sources<'_> {
             }
         };
         Ok(Namespaces {
-            network: join(asked.host_network, PathBuf::from(&self.pod.record.netns_path)),
+            network: join(
+                asked.host_network,
+                PathBuf::from(&self.pod.record.netns_path),
+            ),
             ipc: join(asked.host_ipc, pins.join("ipc")),
             uts: join(asked.host_network, pins.join("uts")),
             pid,
@@ -193,13 +223,18 @@ fn account_file(rootfs: &Path, name: &str) -> Result<Vec<u8>, Error> {
     let file = match gantry_sys::fs::open_in_root(&root, Path::new(name), flags, 0) {
         Ok(file) => File::from(file),
         Err(error)
-            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
         {
             return Ok(Vec::new());
         }
         Err(error) => return Err(Error::io(STEP, &path, &error)),
     };
-    let metadata = file.metadata().map_err(|error| Error::io(STEP, &path, &error))?;
+    let metadata = file
+        .metadata()
+        .map_err(|error| Error::io(STEP, &path, &error))?;
     if !metadata.is_file() || metadata.len() > MAX_ACCOUNTS {
         return Err(Error::Invalid {
             field: format!("image file {}", path.display()),
@@ -221,7 +256,11 @@ fn mounts(config: &cri::ContainerConfig) -> Result<Vec<HostMount>, Error> {
     let mut mounts = Vec::with_capacity(config.mounts.len());
     for (n, mount) in config.mounts.iter().enumerate() {
         let field = format!("mounts[{n}]");
-        if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
+        if mount
+            .image
+            .as_ref()
+            .is_some_and(|image| !image.image.is_empty())
+        {
             return Err(Error::Failed {
                 step: STEP,
                 kind: gantry_types::ErrorKind::Unimplemented,
@@ -248,7 +287,11 @@ fn mounts(config: &cri::ContainerConfig) -> Result<Vec<HostMount>, Error> {
             }
             (shared, slave) = propagation(table.as_deref().unwrap_or_default(), &source);
         }
-        mounts.push(HostMount { source, shared, slave });
+        mounts.push(HostMount {
+            source,
+            shared,
+            slave,
+        });
     }
     Ok(mounts)
 }
@@ -259,9 +302,13 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 fn propagation(table: &str, path: &Path) -> (bool, bool) {
     let mut best = (0, false, false);
     for line in table.lines() {
-        let Some((head, _)) = line.split_once(" - ") else { continue };
+        let Some((head, _)) = line.split_once(" - ") else {
+            continue;
+        };
         let mut fields = head.split(' ');
-        let Some(point) = fields.nth(4).map(unescape) else { continue };
+        let Some(point) = fields.nth(4).map(unescape) else {
+            continue;
+        };
         if !path.starts_with(&point) || point.len() < best.0 {
             continue;
         }
@@ -281,7 +328,9 @@ fn unescape(field: &str) -> String {
     ["\\040", "\\011", "\\012", "\\134"]
         .iter()
         .zip([" ", "\t", "\n", "\\"])
-        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
+        .fold(field.to_owned(), |text, (code, plain)| {
+            text.replace(code, plain)
+        })
 }
 
 /// The request's devices; a directory stands for the nodes below it.
@@ -294,10 +343,18 @@ fn devices(config: &cri::ContainerConfig) -> Result<Vec<Device>, Error> {
             field: field(),
             reason: format!("{}: {error}", host.display()),
         })?;
-        let target = if asked.container_path.is_empty() { host } else { asked.container_path.as_ref() };
+        let target = if asked.container_path.is_empty() {
+            host
+        } else {
+            asked.container_path.as_ref()
+        };
         if real.is_dir() {
             for mut device in host_devices(&real)? {
-                let below = device.path.strip_prefix(&real).unwrap_or(&device.path).to_owned();
+                let below = device
+                    .path
+                    .strip_prefix(&real)
+                    .unwrap_or(&device.path)
+                    .to_owned();
                 device.path = target.join(below);
                 device.access.clone_from(&asked.permissions);
                 devices.push(device);
@@ -362,7 +419,9 @@ fn host_devices(dir: &Path) -> Result<Vec<Device>, Error> {
             }
             let path = entry.path();
             // A node may vanish while we look: hot-plugged devices are not worth an error.
-            let Ok(kind) = entry.file_type() else { continue };
+            let Ok(kind) = entry.file_type() else {
+                continue;
+            };
             if kind.is_dir() {
                 dirs.push(path);
             } else if kind.is_char_device() || kind.is_block_device() {
@@ -381,7 +440,10 @@ fn bounding_capabilities() -> Result<u64, Error> {
     const PATH: &str = "/proc/self/status";
     let text = fs::read_to_string(PATH)
         .map_err(|error| Error::io("read capabilities", Path::new(PATH), &error))?;
-    let mask = text.lines().find_map(|line| line.strip_prefix("CapBnd:")).unwrap_or_default();
+    let mask = text
+        .lines()
+        .find_map(|line| line.strip_prefix("CapBnd:"))
+        .unwrap_or_default();
     u64::from_str_radix(mask.trim(), 16)
         .map_err(|error| Error::internal("read capabilities", format!("CapBnd {mask:?}: {error}")))
 }
@@ -390,13 +452,19 @@ fn bounding_capabilities() -> Result<u64, Error> {
 fn seccomp_profile(
     security: Option<&cri::LinuxContainerSecurityContext>,
 ) -> Result<Option<String>, Error> {
-    let Some(security) = security else { return Ok(None) };
+    let Some(security) = security else {
+        return Ok(None);
+    };
     let profile = gantry_spec::security::seccomp_profile(security)
         .map_err(Error::step("resolve seccomp profile"))?;
-    let Profile::Localhost(path) = profile else { return Ok(None) };
+    let Profile::Localhost(path) = profile else {
+        return Ok(None);
+    };
     let read = || -> io::Result<String> {
         let mut text = String::new();
-        File::open(&path)?.take(MAX_PROFILE).read_to_string(&mut text)?;
+        File::open(&path)?
+            .take(MAX_PROFILE)
+            .read_to_string(&mut text)?;
         Ok(text)
     };
     read().map(Some).map_err(|error| Error::Invalid {
@@ -418,7 +486,10 @@ mod tests {
 ";
         assert_eq!(propagation(table, Path::new("/etc")), (false, false));
         assert_eq!(propagation(table, Path::new("/run/x")), (true, false));
-        assert_eq!(propagation(table, Path::new("/run/with space/x")), (true, true));
+        assert_eq!(
+            propagation(table, Path::new("/run/with space/x")),
+            (true, true)
+        );
         assert_eq!(propagation(table, Path::new("/running")), (false, false));
     }
 
@@ -430,18 +501,29 @@ mod tests {
         assert!(account_file(&root, "etc/passwd").unwrap().is_empty());
         fs::write(dir.path().join("secret"), "host").unwrap();
         std::os::unix::fs::symlink("../../secret", root.join("etc/passwd")).unwrap();
-        assert!(account_file(&root, "etc/passwd").unwrap().is_empty(), "`..` stays in the root");
+        assert!(
+            account_file(&root, "etc/passwd").unwrap().is_empty(),
+            "`..` stays in the root"
+        );
         fs::create_dir(root.join("etc/group")).unwrap();
         assert!(account_file(&root, "etc/group").is_err());
         fs::remove_file(root.join("etc/passwd")).unwrap();
         nix::unistd::mkfifo(&root.join("etc/passwd"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert!(account_file(&root, "etc/passwd").is_err(), "a FIFO must not block us");
+        assert!(
+            account_file(&root, "etc/passwd").is_err(),
+            "a FIFO must not block us"
+        );
     }
 
     #[test]
     fn device_numbers_are_split_as_the_kernel_does() {
-        let null = device(Path::new("/dev/null"), Path::new("/dev/x"), "rw").unwrap().unwrap();
-        assert_eq!((null.major, null.minor, null.kind), (1, 3, DeviceKind::Character));
+        let null = device(Path::new("/dev/null"), Path::new("/dev/x"), "rw")
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            (null.major, null.minor, null.kind),
+            (1, 3, DeviceKind::Character)
+        );
         assert_eq!(device(Path::new("/"), Path::new("/x"), "rw").unwrap(), None);
     }
 }

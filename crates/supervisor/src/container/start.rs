@@ -1,13 +1,16 @@
 //! StartContainer: the runtime's create and start, so that a bad command fails here.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use gantry_shim_api::v1::{self, request};
-use gantry_types::{ContainerId, ContainerState, Decision, Exit, ProcessRef};
+use gantry_types::{ContainerId, ContainerState, Decision, ErrorKind, Exit, ProcessRef};
+use tokio::time::Instant;
 
 use crate::Error;
 use crate::clock::now_ns;
 use crate::pod::{Asked, Driver, Reply, blocking};
+use crate::shim::Shim;
 
 pub(super) const STARTING: &str = "starting";
 
@@ -18,7 +21,9 @@ impl Driver {
     pub(super) fn start(&mut self, id: &ContainerId, reply: Reply<()>) {
         let shim = self.shim.clone();
         let asked = Asked::of(self.pod_config());
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         match container.state.may_start(&self.state) {
             Decision::Done => {
                 let _ = reply.send(Ok(()));
@@ -59,17 +64,35 @@ impl Driver {
             async move {
                 // The shim gives up first, and says why.
                 let limit = ctx.settings.timeouts.runtime * 2;
-                let started = shim.started(request::Body::Start(body), Vec::new(), limit).await;
+                let started = shim
+                    .started(request::Body::Start(body), Vec::new(), limit)
+                    .await;
+                let mut adopted = false;
+                let started = match started {
+                    // An earlier daemon asked, and died before it learnt the outcome.
+                    Err(Error::Failed {
+                        kind: ErrorKind::AlreadyExists,
+                        ..
+                    }) => {
+                        adopted = true;
+                        outcome_of_earlier_start(&shim, &key, limit).await
+                    }
+                    started => started,
+                };
                 let state = after_start(&started);
                 let mut status = base;
                 crate::records::set_container_state(&mut status, &state);
                 let copy = status.clone();
                 let recorded =
                     blocking(move || ctx.records.put_container_status(&key, &copy)).await;
-                (started, status, recorded)
+                (started, status, recorded, adopted)
             },
-            move |driver, (started, status, recorded)| {
+            move |driver, (started, status, recorded, adopted)| {
                 driver.finish_start(&id, started, status, recorded, reply);
+                if adopted {
+                    // Its exit may have been told to nobody.
+                    driver.resynchronise();
+                }
             },
         );
     }
@@ -82,16 +105,20 @@ impl Driver {
         recorded: Result<(), Error>,
         reply: Reply<()>,
     ) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         container.busy = None;
         container.set_status(status);
         let early_exit = container.early_exit.take();
         self.publish();
         let outcome = match started {
             Ok(_) => recorded,
-            Err(Error::Failed { message, kind, .. }) => {
-                Err(Error::Failed { step: "start container", kind, message })
-            }
+            Err(Error::Failed { message, kind, .. }) => Err(Error::Failed {
+                step: "start container",
+                kind,
+                message,
+            }),
             Err(error) => Err(error),
         };
         let _ = reply.send(outcome);
@@ -102,6 +129,43 @@ impl Driver {
                 oom_killed: exit.oom_killed,
             };
             self.container_exited(id, &exit);
+        }
+    }
+}
+
+/// Waits for the end of a start that is under way in the shim.
+async fn outcome_of_earlier_start(
+    shim: &Shim,
+    id: &ContainerId,
+    limit: Duration,
+) -> Result<ProcessRef, Error> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let state = shim.state(limit).await?;
+        let seen = state
+            .containers
+            .into_iter()
+            .find(|seen| seen.id == id.as_str());
+        match seen.map(|seen| seen.process) {
+            Some(Some(process)) => {
+                return Ok(ProcessRef {
+                    pid: process.pid,
+                    start_time: process.start_time,
+                });
+            }
+            None => {
+                return Err(Error::internal(
+                    "start container",
+                    "an earlier start has failed",
+                ));
+            }
+            Some(None) if Instant::now() >= deadline => {
+                return Err(Error::Deadline {
+                    what: format!("start of container {id}"),
+                    seconds: limit.as_secs(),
+                });
+            }
+            Some(None) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     }
 }
@@ -119,9 +183,14 @@ fn after_start(started: &Result<ProcessRef, Error>) -> ContainerState {
         started_at: 0,
     };
     match started {
-        Ok(process) => ContainerState::Running { process: *process, started_at: now_ns() },
+        Ok(process) => ContainerState::Running {
+            process: *process,
+            started_at: now_ns(),
+        },
         // The shim may have started it and died before it could say so.
-        Err(Error::Shim { reason, .. }) => ContainerState::Unknown { why: reason.clone() },
+        Err(Error::Shim { reason, .. }) => ContainerState::Unknown {
+            why: reason.clone(),
+        },
         Err(Error::Failed { message, .. }) => failed(message.clone()),
         Err(error) => failed(error.to_string()),
     }
@@ -139,13 +208,19 @@ mod tests {
             message: "exec: \"nope\": executable file not found".into(),
         });
         match after_start(&refused) {
-            ContainerState::Exited { exit, started_at: 0 } => {
+            ContainerState::Exited {
+                exit,
+                started_at: 0,
+            } => {
                 assert_eq!((exit.code, exit.cri_reason()), (128, "StartError"));
                 assert!(exit.message.contains("nope"));
             }
             other => panic!("{other:?}"),
         }
-        let lost = Err(Error::Shim { pod: "p".into(), reason: "gone".into() });
+        let lost = Err(Error::Shim {
+            pod: "p".into(),
+            reason: "gone".into(),
+        });
         assert!(matches!(after_start(&lost), ContainerState::Unknown { .. }));
     }
 }

@@ -26,7 +26,9 @@ const SIGKILL: i32 = 9;
 enum Stage {
     Wished,
     Signalled,
-    Killed { since: Instant },
+    Killed {
+        since: Instant,
+    },
     /// By cgroup, from here: the shim did not or could not.
     CgroupKill,
 }
@@ -69,9 +71,13 @@ impl Driver {
         let now = Instant::now();
         let kill_limit = self.ctx.settings.timeouts.kill;
         let has_shim = self.shim.is_some();
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         let signal = container.facts.record.stop_signal;
-        let Some(wish) = container.stop.as_mut() else { return };
+        let Some(wish) = container.stop.as_mut() else {
+            return;
+        };
         let due = now >= wish.deadline;
         match wish.stage {
             Stage::CgroupKill => {}
@@ -107,11 +113,21 @@ impl Driver {
     /// `advance` runs after every message: an empty one is enough.
     fn look_again(&self, id: &ContainerId, after: Duration) {
         let id = id.clone();
-        self.effect(tokio::time::sleep(after), move |driver, ()| driver.advance_container(&id));
+        let mailbox = self.mailbox();
+        let wait = async move {
+            tokio::select! {
+                () = tokio::time::sleep(after) => {}
+                // The pod is gone: a grace of hours must not outlive it.
+                () = mailbox.closed() => {}
+            }
+        };
+        self.effect(wait, move |driver, ()| driver.advance_container(&id));
     }
 
     fn signal(&self, id: &ContainerId, signal: i32) {
-        let Some(shim) = self.shim.clone() else { return };
+        let Some(shim) = self.shim.clone() else {
+            return;
+        };
         let limit = self.ctx.settings.timeouts.shim_call;
         let body = v1::Signal {
             container_id: id.to_string(),
@@ -134,14 +150,18 @@ impl Driver {
     }
 
     fn kill_by_cgroup(&mut self, id: &ContainerId) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         container.busy = Some("killing");
         let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&container.facts));
         let id = id.clone();
         self.blocking(
             move || kill_cgroup(facts.record.cgroup_dir.as_ref(), ctx.settings.timeouts.kill),
             move |driver, outcome| {
-                let Some(container) = driver.containers.get_mut(&id) else { return };
+                let Some(container) = driver.containers.get_mut(&id) else {
+                    return;
+                };
                 container.busy = None;
                 match outcome {
                     Ok(()) => driver.container_lost(&id, "killed by cgroup"),
@@ -149,7 +169,10 @@ impl Driver {
                         let waiters = container.stop.take().map(|wish| wish.waiters);
                         container.kill_failed = true;
                         answer(waiters.unwrap_or_default(), &Err(error.clone()));
-                        answer(container.remove.take().unwrap_or_default(), &Err(error.clone()));
+                        answer(
+                            container.remove.take().unwrap_or_default(),
+                            &Err(error.clone()),
+                        );
                         driver.give_up_stop(&error);
                     }
                 }
@@ -172,7 +195,9 @@ impl Driver {
     /// Nobody saw a container's end: the shim's record tells if there is one.
     pub(crate) fn container_lost(&mut self, id: &ContainerId, why: &'static str) {
         let ctx = Arc::clone(&self.ctx);
-        let Some(container) = self.containers.get(id) else { return };
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
         let facts = Arc::clone(&container.facts);
         let id = id.clone();
         self.effect(
@@ -182,7 +207,9 @@ impl Driver {
     }
 
     fn exited(&mut self, id: &ContainerId, exit: Exit) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         let started_at = match &container.state {
             ContainerState::Running { started_at, .. } => *started_at,
             ContainerState::Unknown { .. } => container.status.started_at,
@@ -191,9 +218,9 @@ impl Driver {
                 container.early_exit = Some(exit);
                 return;
             }
-            ContainerState::Creating
-            | ContainerState::Created
-            | ContainerState::Exited { .. } => return,
+            // An earlier daemon had it started, and died before it learnt so.
+            ContainerState::Created => 0,
+            ContainerState::Creating | ContainerState::Exited { .. } => return,
         };
         let state = ContainerState::Exited { exit, started_at };
         self.record_container(id, &state, |driver, id| driver.unmount_root(id));
@@ -204,7 +231,11 @@ impl Driver {
         let (ctx, root) = (Arc::clone(&self.ctx), self.ctx.records.dirs.rootfs(id));
         let id = id.clone();
         self.blocking(
-            move || ctx.snapshotter.unmount(&root).map_err(Error::step("unmount root")),
+            move || {
+                ctx.snapshotter
+                    .unmount(&root)
+                    .map_err(Error::step("unmount root"))
+            },
             move |_, outcome| {
                 if let Err(error) = outcome {
                     tracing::warn!(container = %id, %error, "root of a dead container");
@@ -214,7 +245,9 @@ impl Driver {
     }
 
     pub(super) fn begin_remove(&mut self, id: &ContainerId) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         debug_assert_ne!(container.state.may_stop(), Decision::Go);
         container.busy = Some("removing");
         let ctx = Arc::clone(&self.ctx);
@@ -224,7 +257,9 @@ impl Driver {
         let id = id.clone();
         self.effect(
             async move {
-                let body = v1::Delete { container_id: key.to_string() };
+                let body = v1::Delete {
+                    container_id: key.to_string(),
+                };
                 let limit = ctx.settings.timeouts.runtime;
                 let deleted = match shim {
                     Some(shim) => shim.done(request::Body::Delete(body), limit).await,
@@ -234,7 +269,9 @@ impl Driver {
                 blocking(move || remove_files(&ctx, &key)).await
             },
             move |driver, outcome| {
-                let Some(container) = driver.containers.get_mut(&id) else { return };
+                let Some(container) = driver.containers.get_mut(&id) else {
+                    return;
+                };
                 container.busy = None;
                 answer(container.remove.take().unwrap_or_default(), &outcome);
                 match outcome {
@@ -305,7 +342,9 @@ pub(crate) fn read_exit(bundle: &std::path::Path) -> Option<Exit> {
 /// Mount, snapshot, run directory and records, in this order: the record goes last.
 pub(crate) fn remove_files(ctx: &Context, id: &ContainerId) -> Result<(), Error> {
     let step = Error::step("remove container");
-    ctx.snapshotter.unmount(&ctx.records.dirs.rootfs(id)).map_err(&step)?;
+    ctx.snapshotter
+        .unmount(&ctx.records.dirs.rootfs(id))
+        .map_err(&step)?;
     ctx.snapshotter.remove(id).map_err(&step)?;
     ctx.records.forget_container(id)
 }

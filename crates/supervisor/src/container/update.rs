@@ -19,7 +19,9 @@ impl Driver {
         reply: Reply<()>,
     ) {
         let shim = self.shim.clone();
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         if let Decision::Deny(reason) = container.state.may_update() {
             let _ = reply.send(Err(container.denied(reason)));
             return;
@@ -52,8 +54,10 @@ impl Driver {
                 let json = serde_json::to_vec(&resources)
                     .map_err(|error| Error::internal("encode resources", error))?;
                 if let (true, Some(shim)) = (running, shim) {
-                    let body =
-                        v1::Update { container_id: key.to_string(), resources_json: json };
+                    let body = v1::Update {
+                        container_id: key.to_string(),
+                        resources_json: json,
+                    };
                     let limit = ctx.settings.timeouts.runtime;
                     shim.done(request::Body::Update(body), limit).await?;
                 }
@@ -89,7 +93,10 @@ fn rewrite_spec(
     let mut spec: oci_spec::runtime::Spec =
         serde_json::from_slice(&bytes).map_err(|error| Error::internal(STEP, error))?;
     if let Some(linux) = spec.linux_mut() {
-        let devices = linux.resources().as_ref().and_then(|old| old.devices().clone());
+        let devices = linux
+            .resources()
+            .as_ref()
+            .and_then(|old| old.devices().clone());
         let mut resources = resources;
         resources.set_devices(devices);
         linux.set_resources(Some(resources));

@@ -13,7 +13,11 @@ use crate::rundir::write_file;
 const MAX_HOST_FILE: u64 = 1 << 20;
 
 /// Writes the pod's files into its run directory.
-pub(super) fn write(dir: &Path, config: &cri::PodSandboxConfig, hostname: &str) -> Result<(), Error> {
+pub(super) fn write(
+    dir: &Path,
+    config: &cri::PodSandboxConfig,
+    hostname: &str,
+) -> Result<(), Error> {
     let put = |name: &str, text: &[u8]| {
         let path = dir.join(name);
         write_file(&path, text, 0o644).map_err(|error| Error::io("write pod file", &path, &error))
@@ -43,10 +47,16 @@ fn host_file(path: &Path) -> Result<Vec<u8>, Error> {
 
 /// resolv.conf(5) of a DNSConfig. A line break in a value would add directives of its own.
 fn resolv_conf(dns: &cri::DnsConfig) -> Result<String, Error> {
-    let lists =
-        [("servers", &dns.servers), ("searches", &dns.searches), ("options", &dns.options)];
+    let lists = [
+        ("servers", &dns.servers),
+        ("searches", &dns.searches),
+        ("options", &dns.options),
+    ];
     for (name, values) in lists {
-        if let Some(value) = values.iter().find(|value| value.contains(['\n', '\r', '\0'])) {
+        if let Some(value) = values
+            .iter()
+            .find(|value| value.contains(['\n', '\r', '\0']))
+        {
             return Err(Error::Invalid {
                 field: format!("dns_config.{name}"),
                 reason: format!("{value:?} has a control character"),
@@ -81,7 +91,10 @@ mod tests {
             resolv_conf(&dns).unwrap(),
             "search a.local b.local\nnameserver 10.0.0.10\nnameserver fd00::a\noptions ndots:5\n"
         );
-        let smuggled = cri::DnsConfig { servers: vec!["1.1.1.1\nsearch x".into()], ..dns };
+        let smuggled = cri::DnsConfig {
+            servers: vec!["1.1.1.1\nsearch x".into()],
+            ..dns
+        };
         let error = resolv_conf(&smuggled).unwrap_err();
         assert!(error.to_string().contains("dns_config.servers"), "{error}");
     }

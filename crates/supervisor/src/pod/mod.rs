@@ -119,12 +119,17 @@ impl Driver {
     }
 
     pub(crate) fn name(&self) -> PodName {
-        self.facts.config.metadata.as_ref().map(PodName::from).unwrap_or_else(|| PodName {
-            name: String::new(),
-            namespace: String::new(),
-            uid: String::new(),
-            attempt: 0,
-        })
+        self.facts
+            .config
+            .metadata
+            .as_ref()
+            .map(PodName::from)
+            .unwrap_or_else(|| PodName {
+                name: String::new(),
+                namespace: String::new(),
+                uid: String::new(),
+                attempt: 0,
+            })
     }
 
     pub(crate) fn mailbox(&self) -> mpsc::Sender<Msg> {
@@ -213,7 +218,9 @@ impl Driver {
     /// A shim that closed the connection and lives: it was taken over or it is broken. Connect
     /// again; a shim that cannot be reached is killed, and its death is handled as such.
     fn disconnected(&mut self) {
-        let Some(shim) = self.shim.clone() else { return };
+        let Some(shim) = self.shim.clone() else {
+            return;
+        };
         if self.stop.is_some() || self.busy.is_some() {
             return;
         }
@@ -243,20 +250,25 @@ impl Driver {
     }
 
     /// Asks the shim for what was missed while no connection stood.
-    fn resynchronise(&mut self) {
-        let Some(shim) = self.shim.clone() else { return };
+    pub(crate) fn resynchronise(&mut self) {
+        let Some(shim) = self.shim.clone() else {
+            return;
+        };
         let limit = self.ctx.settings.timeouts.shim_call;
-        self.effect(async move { shim.state(limit).await }, |driver, state| match state {
-            Ok(state) => {
-                for container in state.containers {
-                    let (Ok(id), Some(exit)) = (container.id.parse(), container.exit) else {
-                        continue;
-                    };
-                    driver.container_exited(&id, &exit);
+        self.effect(
+            async move { shim.state(limit).await },
+            |driver, state| match state {
+                Ok(state) => {
+                    for container in state.containers {
+                        let (Ok(id), Some(exit)) = (container.id.parse(), container.exit) else {
+                            continue;
+                        };
+                        driver.container_exited(&id, &exit);
+                    }
                 }
-            }
-            Err(error) => tracing::warn!(pod = %driver.id(), %error, "shim state"),
-        });
+                Err(error) => tracing::warn!(pod = %driver.id(), %error, "shim state"),
+            },
+        );
     }
 
     fn shim_exited(&mut self) {
@@ -282,10 +294,16 @@ impl Driver {
             return;
         }
         tracing::warn!(pod = %self.id(), reason, "pod sandbox lost");
-        self.set_state(PodState::NotReady { reason: reason.to_owned() });
+        self.set_state(PodState::NotReady {
+            reason: reason.to_owned(),
+        });
         // Published at once: the kernel has spoken, and recovery would find the same.
         self.publish();
-        let (ctx, id, status) = (Arc::clone(&self.ctx), self.id().clone(), self.status.clone());
+        let (ctx, id, status) = (
+            Arc::clone(&self.ctx),
+            self.id().clone(),
+            self.status.clone(),
+        );
         self.blocking(
             move || ctx.records.put_pod_status(&id, &status),
             |driver, outcome| {
@@ -320,9 +338,10 @@ impl Driver {
 
     /// The recorded shim process, for a pod whose shim cannot be reached by its socket.
     pub(crate) fn recorded_shim(&self) -> Option<ProcessRef> {
-        self.status
-            .shim
-            .map(|process| ProcessRef { pid: process.pid, start_time: process.start_time })
+        self.status.shim.map(|process| ProcessRef {
+            pid: process.pid,
+            start_time: process.start_time,
+        })
     }
 }
 

@@ -41,15 +41,26 @@ pub(crate) enum Request {
     /// Legal in CREATED.
     Start { id: ContainerId, reply: Reply<()> },
     /// Legal always.
-    StopContainer { id: ContainerId, grace: Duration, reply: Reply<()> },
+    StopContainer {
+        id: ContainerId,
+        grace: Duration,
+        reply: Reply<()>,
+    },
     /// Legal always; kills first.
     RemoveContainer { id: ContainerId, reply: Reply<()> },
     /// Legal in CREATED and RUNNING.
-    Update { id: ContainerId, resources: Box<cri::LinuxContainerResources>, reply: Reply<()> },
+    Update {
+        id: ContainerId,
+        resources: Box<cri::LinuxContainerResources>,
+        reply: Reply<()>,
+    },
     /// Legal in RUNNING.
     ReopenLog { id: ContainerId, reply: Reply<()> },
     /// Legal in RUNNING: what an exec needs.
-    Running { id: ContainerId, reply: Reply<(Arc<Shim>, Arc<ContainerView>)> },
+    Running {
+        id: ContainerId,
+        reply: Reply<(Arc<Shim>, Arc<ContainerView>)>,
+    },
 }
 
 impl Driver {
@@ -66,16 +77,31 @@ impl Driver {
             },
             Request::Stop(reply) => self.stop.get_or_insert_default().push(reply),
             Request::Remove(reply) => self.remove.get_or_insert_default().push(reply),
-            Request::CreateContainer { config, config_hash, reply } => {
+            Request::CreateContainer {
+                config,
+                config_hash,
+                reply,
+            } => {
                 self.create_container(*config, config_hash, reply);
             }
             Request::Start { id, reply } => self.with_container(&id, reply, |container, reply| {
-                container.queue.push_back(Request::Start { id: id.clone(), reply });
+                container.queue.push_back(Request::Start {
+                    id: id.clone(),
+                    reply,
+                });
             }),
-            Request::Update { id, resources, reply } => {
+            Request::Update {
+                id,
+                resources,
+                reply,
+            } => {
                 self.with_container(&id, reply, |container, reply| {
                     let id = id.clone();
-                    container.queue.push_back(Request::Update { id, resources, reply });
+                    container.queue.push_back(Request::Update {
+                        id,
+                        resources,
+                        reply,
+                    });
                 });
             }
             Request::StopContainer { id, grace, reply } => {
@@ -117,7 +143,10 @@ impl Driver {
     }
 
     pub(crate) fn no_shim(&self) -> Error {
-        Error::Shim { pod: self.id().to_string(), reason: "not connected".to_owned() }
+        Error::Shim {
+            pod: self.id().to_string(),
+            reason: "not connected".to_owned(),
+        }
     }
 
     fn running(&self, id: &ContainerId) -> Result<Arc<ContainerView>, Error> {
@@ -142,7 +171,9 @@ impl Driver {
             }
         };
         let limit = self.ctx.settings.timeouts.shim_call;
-        let body = v1::ReopenLog { container_id: view.facts.id.to_string() };
+        let body = v1::ReopenLog {
+            container_id: view.facts.id.to_string(),
+        };
         tokio::spawn(async move {
             let _ = reply.send(shim.done(request::Body::ReopenLog(body), limit).await);
         });
@@ -150,5 +181,8 @@ impl Driver {
 }
 
 pub(crate) fn not_found(id: &ContainerId) -> Error {
-    Error::NotFound { what: "container", id: id.to_string() }
+    Error::NotFound {
+        what: "container",
+        id: id.to_string(),
+    }
 }

@@ -23,8 +23,10 @@ const SHM_BYTES: &str = "67108864";
 
 /// Applied in a pod's own network namespace unless the pod says otherwise, as containerd does:
 /// a container without capabilities may bind low ports and send pings.
-const DEFAULT_SYSCTLS: [(&str, &str); 2] =
-    [("net/ipv4/ip_unprivileged_port_start", "0"), ("net/ipv4/ping_group_range", "0 2147483647")];
+const DEFAULT_SYSCTLS: [(&str, &str); 2] = [
+    ("net/ipv4/ip_unprivileged_port_start", "0"),
+    ("net/ipv4/ping_group_range", "0 2147483647"),
+];
 
 /// Namespaces that a pod asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,9 +91,11 @@ pub(crate) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
         });
     }
     sysctls(config, Asked::of(config))?;
-    config.port_mappings.iter().filter(|m| m.host_port != 0).try_for_each(|mapping| {
-        port_mapping(mapping).map(drop)
-    })
+    config
+        .port_mappings
+        .iter()
+        .filter(|m| m.host_port != 0)
+        .try_for_each(|mapping| port_mapping(mapping).map(drop))
 }
 
 pub(crate) fn host_network(config: &cri::PodSandboxConfig) -> bool {
@@ -117,7 +121,10 @@ impl Driver {
         self.busy = Some("creating");
         let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
         let mailbox = self.mailbox();
-        self.effect(async move { make(&ctx, &facts, mailbox).await }, Self::finish_run);
+        self.effect(
+            async move { make(&ctx, &facts, mailbox).await },
+            Self::finish_run,
+        );
     }
 
     fn finish_run(&mut self, outcome: Result<Made, Failed>) {
@@ -136,9 +143,14 @@ impl Driver {
                 self.ended = true;
                 answer(waiters, &Err(error));
             }
-            Err(Failed { error, left: Some(left) }) => {
+            Err(Failed {
+                error,
+                left: Some(left),
+            }) => {
                 tracing::error!(pod = %self.id(), %error, left, "a failed pod is left to be removed");
-                self.set_state(PodState::NotReady { reason: format!("{error}; {left}") });
+                self.set_state(PodState::NotReady {
+                    reason: format!("{error}; {left}"),
+                });
                 self.ctx.registry.release_name(&self.name(), self.id());
                 self.publish();
                 answer(waiters, &Err(error));
@@ -165,10 +177,14 @@ async fn make(
                 };
                 status.set_phase(record::PodPhase::NotReady);
                 // The record of the intent stays either way, and is enough to clean up by.
-                if let Err(error) = blocking(move || ctx.records.put_pod_status(&id, &status)).await {
+                if let Err(error) = blocking(move || ctx.records.put_pod_status(&id, &status)).await
+                {
                     tracing::error!(pod = %facts.id, %error, "failed pod not recorded as such");
                 }
-                Err(Failed { error, left: Some(left) })
+                Err(Failed {
+                    error,
+                    left: Some(left),
+                })
             }
         },
     }
@@ -178,7 +194,9 @@ async fn make(
 async fn take_back(ctx: &Arc<Context>, facts: &Arc<PodFacts>, undo: Undo) -> Result<(), String> {
     undo.run().await?;
     let (ctx, id) = (Arc::clone(ctx), facts.id.clone());
-    blocking(move || ctx.records.forget_pod(&id)).await.map_err(|error| error.to_string())
+    blocking(move || ctx.records.forget_pod(&id))
+        .await
+        .map_err(|error| error.to_string())
 }
 
 async fn steps(
@@ -188,9 +206,13 @@ async fn steps(
     undo: &mut Undo,
 ) -> Result<Made, Error> {
     let id = &facts.id;
-    let handler = ctx.settings.handler(&facts.record.runtime_handler).ok_or_else(|| {
-        Error::Invalid { field: "runtime_handler".into(), reason: "no such handler".into() }
-    })?;
+    let handler = ctx
+        .settings
+        .handler(&facts.record.runtime_handler)
+        .ok_or_else(|| Error::Invalid {
+            field: "runtime_handler".into(),
+            reason: "no such handler".into(),
+        })?;
     let bootstrap = bootstrap(ctx, facts, handler)?;
 
     // Pushed before the effect: a step that failed midway is taken back as well.
@@ -216,8 +238,13 @@ async fn steps(
     });
     let limit = ctx.settings.timeouts.shim_start;
     let ready = spawn(&ctx.settings.shim, id, &bootstrap, limit).await?;
-    let holder = ready.holder.ok_or_else(|| Error::internal("start shim", "it has no holder"))?;
-    let holder = ProcessRef { pid: holder.pid, start_time: holder.start_time };
+    let holder = ready
+        .holder
+        .ok_or_else(|| Error::internal("start shim", "it has no holder"))?;
+    let holder = ProcessRef {
+        pid: holder.pid,
+        start_time: holder.start_time,
+    };
     let socket = ctx.records.dirs.socket(id);
     let limit = ctx.settings.timeouts.shim_call;
     let (shim, _) = Shim::connect(id, &socket, limit, mailbox).await?;
@@ -242,7 +269,10 @@ async fn steps(
     }
     failpoint::at("pod::after-network")?;
 
-    let state = PodState::Ready { shim: shim.process(), holder };
+    let state = PodState::Ready {
+        shim: shim.process(),
+        holder,
+    };
     crate::records::set_pod_state(&mut status, &state);
     blocking({
         let (ctx, id, status) = (Arc::clone(ctx), id.clone(), status.clone());
@@ -252,11 +282,19 @@ async fn steps(
         }
     })
     .await?;
-    Ok(Made { shim, status, state })
+    Ok(Made {
+        shim,
+        status,
+        state,
+    })
 }
 
 fn bootstrap_hostname(bootstrap: &v1::Bootstrap) -> String {
-    let own = bootstrap.holder.as_ref().map(|holder| holder.hostname.clone()).unwrap_or_default();
+    let own = bootstrap
+        .holder
+        .as_ref()
+        .map(|holder| holder.hostname.clone())
+        .unwrap_or_default();
     if own.is_empty() { node_name() } else { own }
 }
 
@@ -266,14 +304,14 @@ fn node_name() -> String {
         .unwrap_or_else(|_| "localhost".to_owned())
 }
 
-fn bootstrap(
-    ctx: &Context,
-    facts: &PodFacts,
-    handler: &Handler,
-) -> Result<v1::Bootstrap, Error> {
+fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::Bootstrap, Error> {
     let asked = Asked::of(&facts.config);
     let dirs = &ctx.records.dirs;
-    let hostname = if asked.host_network { String::new() } else { facts.config.hostname.clone() };
+    let hostname = if asked.host_network {
+        String::new()
+    } else {
+        facts.config.hostname.clone()
+    };
     Ok(v1::Bootstrap {
         protocol: PROTOCOL,
         pod_id: facts.id.to_string(),
@@ -296,17 +334,20 @@ fn bootstrap(
             binary: path_text(&handler.binary)?,
             root: path_text(&handler.root)?,
             systemd_cgroup: ctx.settings.cgroups.driver == crate::cgroup::Driver::Systemd,
-            timeout_ms: u32::try_from(ctx.settings.timeouts.runtime.as_millis()).unwrap_or(u32::MAX),
+            timeout_ms: u32::try_from(ctx.settings.timeouts.runtime.as_millis())
+                .unwrap_or(u32::MAX),
         }),
         oom_score_adj: ctx.settings.shim_oom_score_adj,
     })
 }
 
 fn path_text(path: &Path) -> Result<String, Error> {
-    path.to_str().map(str::to_owned).ok_or_else(|| Error::Invalid {
-        field: "path".to_owned(),
-        reason: format!("{} is not UTF-8", path.display()),
-    })
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Error::Invalid {
+            field: "path".to_owned(),
+            reason: format!("{} is not UTF-8", path.display()),
+        })
 }
 
 fn sysctls(
@@ -330,7 +371,11 @@ fn sysctls(
 pub(super) fn attachment(facts: &PodFacts, netns: Option<&Path>) -> Result<Attachment, Error> {
     let metadata = facts.config.metadata.clone().unwrap_or_default();
     let linux = facts.config.linux.clone().unwrap_or_default();
-    let mappings = facts.config.port_mappings.iter().filter(|mapping| mapping.host_port != 0);
+    let mappings = facts
+        .config
+        .port_mappings
+        .iter()
+        .filter(|mapping| mapping.host_port != 0);
     Ok(Attachment {
         pod: facts.id.clone(),
         name: metadata.name,
@@ -350,10 +395,13 @@ pub(super) fn attachment(facts: &PodFacts, netns: Option<&Path>) -> Result<Attac
 
 fn port_mapping(mapping: &cri::PortMapping) -> Result<PortMapping, Error> {
     let port = |name: &str, value: i32| {
-        u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| Error::Invalid {
-            field: format!("port_mappings.{name}"),
-            reason: format!("{value} is not a port"),
-        })
+        u16::try_from(value)
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| Error::Invalid {
+                field: format!("port_mappings.{name}"),
+                reason: format!("{value} is not a port"),
+            })
     };
     Ok(PortMapping {
         protocol: match mapping.protocol() {
@@ -376,6 +424,12 @@ fn make_shm(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
     crate::rundir::make_dir(&path).map_err(|error| Error::io("make /dev/shm", &path, &error))?;
     let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let options = format!("mode=1777,size={SHM_BYTES}");
-    mount(Some("shm"), &path, Some("tmpfs"), flags, Some(options.as_str()))
-        .map_err(|error| Error::io("mount /dev/shm", &path, &error.into()))
+    mount(
+        Some("shm"),
+        &path,
+        Some("tmpfs"),
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(|error| Error::io("mount /dev/shm", &path, &error.into()))
 }

@@ -25,7 +25,10 @@ pub(crate) async fn release_network(
     // A namespace that is gone took its interfaces along; addresses are still to be given back.
     let netns = is_netns(path).then_some(path);
     let attachment = run::attachment(facts, netns)?;
-    ctx.network.detach(&attachment, raw).await.map_err(Error::step("tear down network"))
+    ctx.network
+        .detach(&attachment, raw)
+        .await
+        .map_err(Error::step("tear down network"))
 }
 
 /// Whether a namespace is mounted at `path`: an empty file is what a half-done pin leaves.
@@ -48,7 +51,10 @@ pub(crate) async fn end_shim(
         None => {
             let socket = ctx.records.dirs.socket(&facts.id);
             let (mailbox, _closed) = tokio::sync::mpsc::channel(1);
-            Shim::connect(&facts.id, &socket, limits.shim_call, mailbox).await.ok().map(|(s, _)| s)
+            Shim::connect(&facts.id, &socket, limits.shim_call, mailbox)
+                .await
+                .ok()
+                .map(|(s, _)| s)
         }
     };
     let process = shim.as_ref().map(|shim| shim.process()).or(recorded);
@@ -59,7 +65,9 @@ pub(crate) async fn end_shim(
             shim.kill();
         }
     }
-    let Some(process) = process else { return Ok(()) };
+    let Some(process) = process else {
+        return Ok(());
+    };
     if !wait_gone(process, Duration::from_secs(2)).await {
         kill(process).map_err(|error| Error::internal("kill shim", error))?;
         if !wait_gone(process, limits.kill).await {
@@ -118,7 +126,11 @@ pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
     for dir in &facts.record.cgroup_dirs {
         note(remove_cgroup(Path::new(dir)));
     }
-    if failed.is_empty() { Ok(()) } else { Err(Error::internal("sweep", failed.join("; "))) }
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::internal("sweep", failed.join("; ")))
+    }
 }
 
 /// Unmounts a pinned namespace and removes its file.
@@ -169,7 +181,11 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
         if std::time::Instant::now() >= deadline {
             return Err(Error::internal(
                 "kill cgroup",
-                format!("{}: {} processes outlive SIGKILL", dir.display(), pids.len()),
+                format!(
+                    "{}: {} processes outlive SIGKILL",
+                    dir.display(),
+                    pids.len()
+                ),
             ));
         }
         if kill.exists() {

@@ -1,0 +1,319 @@
+//! RuntimeService: one line a call here, the work of a group of calls in the module named for it.
+
+mod container;
+mod exec;
+mod node;
+mod pod_sandbox;
+
+use gantry_cri_api::v1 as cri;
+use gantry_cri_api::v1::runtime_service_server::RuntimeService;
+use gantry_supervisor::Supervisor;
+use tokio_stream::Empty;
+use tonic::{Request, Response, Status};
+
+use crate::status::unimplemented;
+use crate::stream::Chunks;
+
+pub use node::Conditions;
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// Stream of a call that is not served.
+type None<T> = Empty<Result<T, Status>>;
+
+pub struct Runtime {
+    supervisor: Supervisor,
+    conditions: Conditions,
+}
+
+impl Runtime {
+    pub fn new(supervisor: Supervisor, conditions: Conditions) -> Self {
+        Self {
+            supervisor,
+            conditions,
+        }
+    }
+}
+
+const STATS: &str = "statistics come with the observability work";
+const STREAMING: &str = "the streaming server is not built yet; ExecSync is served";
+
+#[tonic::async_trait]
+impl RuntimeService for Runtime {
+    async fn version(&self, _: Request<cri::VersionRequest>) -> Answer<cri::VersionResponse> {
+        Ok(Response::new(node::version()))
+    }
+
+    async fn status(&self, request: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
+        Ok(Response::new(self.node_status(request.get_ref().verbose)))
+    }
+
+    async fn runtime_config(
+        &self,
+        _: Request<cri::RuntimeConfigRequest>,
+    ) -> Answer<cri::RuntimeConfigResponse> {
+        Ok(Response::new(self.cgroup_driver()))
+    }
+
+    async fn update_runtime_config(
+        &self,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
+    ) -> Answer<cri::UpdateRuntimeConfigResponse> {
+        self.set_pod_cidr(request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn run_pod_sandbox(
+        &self,
+        request: Request<cri::RunPodSandboxRequest>,
+    ) -> Answer<cri::RunPodSandboxResponse> {
+        self.run_pod(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn stop_pod_sandbox(
+        &self,
+        request: Request<cri::StopPodSandboxRequest>,
+    ) -> Answer<cri::StopPodSandboxResponse> {
+        self.stop_pod(&request.get_ref().pod_sandbox_id)
+            .await
+            .map(Response::new)
+    }
+
+    async fn remove_pod_sandbox(
+        &self,
+        request: Request<cri::RemovePodSandboxRequest>,
+    ) -> Answer<cri::RemovePodSandboxResponse> {
+        self.remove_pod(&request.get_ref().pod_sandbox_id)
+            .await
+            .map(Response::new)
+    }
+
+    async fn pod_sandbox_status(
+        &self,
+        request: Request<cri::PodSandboxStatusRequest>,
+    ) -> Answer<cri::PodSandboxStatusResponse> {
+        self.pod_status(request.get_ref()).map(Response::new)
+    }
+
+    async fn list_pod_sandbox(
+        &self,
+        request: Request<cri::ListPodSandboxRequest>,
+    ) -> Answer<cri::ListPodSandboxResponse> {
+        let items = self.list_pods(request.into_inner().filter);
+        Ok(Response::new(cri::ListPodSandboxResponse { items }))
+    }
+
+    type StreamPodSandboxesStream = Chunks<cri::StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<cri::StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
+        let items = self.list_pods(request.into_inner().filter);
+        Ok(Response::new(crate::stream::chunks(
+            items,
+            |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes },
+        )))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<cri::CreateContainerRequest>,
+    ) -> Answer<cri::CreateContainerResponse> {
+        self.create(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<cri::StartContainerRequest>,
+    ) -> Answer<cri::StartContainerResponse> {
+        self.start(&request.get_ref().container_id)
+            .await
+            .map(Response::new)
+    }
+
+    async fn stop_container(
+        &self,
+        request: Request<cri::StopContainerRequest>,
+    ) -> Answer<cri::StopContainerResponse> {
+        self.stop(request.get_ref()).await.map(Response::new)
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<cri::RemoveContainerRequest>,
+    ) -> Answer<cri::RemoveContainerResponse> {
+        self.remove(&request.get_ref().container_id)
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_containers(
+        &self,
+        request: Request<cri::ListContainersRequest>,
+    ) -> Answer<cri::ListContainersResponse> {
+        let containers = self.list(request.into_inner().filter);
+        Ok(Response::new(cri::ListContainersResponse { containers }))
+    }
+
+    type StreamContainersStream = Chunks<cri::StreamContainersResponse>;
+
+    async fn stream_containers(
+        &self,
+        request: Request<cri::StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
+        let items = self.list(request.into_inner().filter);
+        Ok(Response::new(crate::stream::chunks(items, |containers| {
+            cri::StreamContainersResponse { containers }
+        })))
+    }
+
+    async fn container_status(
+        &self,
+        request: Request<cri::ContainerStatusRequest>,
+    ) -> Answer<cri::ContainerStatusResponse> {
+        self.status_of(request.get_ref()).map(Response::new)
+    }
+
+    async fn update_container_resources(
+        &self,
+        request: Request<cri::UpdateContainerResourcesRequest>,
+    ) -> Answer<cri::UpdateContainerResourcesResponse> {
+        self.update(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn reopen_container_log(
+        &self,
+        request: Request<cri::ReopenContainerLogRequest>,
+    ) -> Answer<cri::ReopenContainerLogResponse> {
+        self.reopen_log(&request.get_ref().container_id)
+            .await
+            .map(Response::new)
+    }
+
+    async fn exec_sync(
+        &self,
+        request: Request<cri::ExecSyncRequest>,
+    ) -> Answer<cri::ExecSyncResponse> {
+        self.run_command(request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        Err(unimplemented("Exec", STREAMING))
+    }
+
+    async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        Err(unimplemented("Attach", STREAMING))
+    }
+
+    async fn port_forward(
+        &self,
+        _: Request<cri::PortForwardRequest>,
+    ) -> Answer<cri::PortForwardResponse> {
+        Err(unimplemented("PortForward", STREAMING))
+    }
+
+    async fn container_stats(
+        &self,
+        _: Request<cri::ContainerStatsRequest>,
+    ) -> Answer<cri::ContainerStatsResponse> {
+        Err(unimplemented("ContainerStats", STATS))
+    }
+
+    async fn list_container_stats(
+        &self,
+        _: Request<cri::ListContainerStatsRequest>,
+    ) -> Answer<cri::ListContainerStatsResponse> {
+        Err(unimplemented("ListContainerStats", STATS))
+    }
+
+    type StreamContainerStatsStream = None<cri::StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        _: Request<cri::StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
+        Err(unimplemented("StreamContainerStats", STATS))
+    }
+
+    async fn pod_sandbox_stats(
+        &self,
+        _: Request<cri::PodSandboxStatsRequest>,
+    ) -> Answer<cri::PodSandboxStatsResponse> {
+        Err(unimplemented("PodSandboxStats", STATS))
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        _: Request<cri::ListPodSandboxStatsRequest>,
+    ) -> Answer<cri::ListPodSandboxStatsResponse> {
+        Err(unimplemented("ListPodSandboxStats", STATS))
+    }
+
+    type StreamPodSandboxStatsStream = None<cri::StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        _: Request<cri::StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
+        Err(unimplemented("StreamPodSandboxStats", STATS))
+    }
+
+    async fn checkpoint_container(
+        &self,
+        _: Request<cri::CheckpointContainerRequest>,
+    ) -> Answer<cri::CheckpointContainerResponse> {
+        Err(unimplemented(
+            "CheckpointContainer",
+            "restoring archives of others is not safe",
+        ))
+    }
+
+    type GetContainerEventsStream = None<cri::ContainerEventResponse>;
+
+    async fn get_container_events(
+        &self,
+        _: Request<cri::GetEventsRequest>,
+    ) -> Answer<Self::GetContainerEventsStream> {
+        Err(unimplemented(
+            "GetContainerEvents",
+            "the kubelet lists instead",
+        ))
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<cri::ListMetricDescriptorsRequest>,
+    ) -> Answer<cri::ListMetricDescriptorsResponse> {
+        Err(unimplemented("ListMetricDescriptors", STATS))
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::ListPodSandboxMetricsRequest>,
+    ) -> Answer<cri::ListPodSandboxMetricsResponse> {
+        Err(unimplemented("ListPodSandboxMetrics", STATS))
+    }
+
+    type StreamPodSandboxMetricsStream = None<cri::StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
+        Err(unimplemented("StreamPodSandboxMetrics", STATS))
+    }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
+        Err(unimplemented(
+            "UpdatePodSandboxResources",
+            "the kubelet owns the pod's cgroup",
+        ))
+    }
+}

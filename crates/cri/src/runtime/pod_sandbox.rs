@@ -1,0 +1,104 @@
+//! The calls on pod sandboxes.
+
+use std::collections::BTreeMap;
+
+use gantry_cri_api::v1 as cri;
+use gantry_supervisor::registry::PodView;
+use gantry_types::PodState;
+use serde_json::json;
+use tonic::Status;
+
+use super::Runtime;
+use crate::convert;
+use crate::status::{invalid, status};
+
+impl Runtime {
+    pub(super) async fn run_pod(
+        &self,
+        request: cri::RunPodSandboxRequest,
+    ) -> Result<cri::RunPodSandboxResponse, Status> {
+        let config = request
+            .config
+            .ok_or_else(|| invalid("config", "is missing"))?;
+        let id = self
+            .supervisor
+            .run_pod(config, request.runtime_handler)
+            .await
+            .map_err(status)?;
+        Ok(cri::RunPodSandboxResponse {
+            pod_sandbox_id: id.to_string(),
+        })
+    }
+
+    pub(super) async fn stop_pod(&self, id: &str) -> Result<cri::StopPodSandboxResponse, Status> {
+        self.supervisor.stop_pod(id).await.map_err(status)?;
+        Ok(cri::StopPodSandboxResponse {})
+    }
+
+    pub(super) async fn remove_pod(
+        &self,
+        id: &str,
+    ) -> Result<cri::RemovePodSandboxResponse, Status> {
+        self.supervisor.remove_pod(id).await.map_err(status)?;
+        Ok(cri::RemovePodSandboxResponse {})
+    }
+
+    pub(super) fn pod_status(
+        &self,
+        request: &cri::PodSandboxStatusRequest,
+    ) -> Result<cri::PodSandboxStatusResponse, Status> {
+        let view = self
+            .supervisor
+            .registry()
+            .pod(&request.pod_sandbox_id)
+            .map_err(status)?;
+        let mut info = BTreeMap::new();
+        if request.verbose {
+            info.insert("info".to_owned(), self.pod_info(&view).to_string());
+        }
+        let containers_statuses = view
+            .containers
+            .iter()
+            .map(|container| {
+                let image = self.image_of(container);
+                convert::container_status(container, image.as_deref())
+            })
+            .collect();
+        Ok(cri::PodSandboxStatusResponse {
+            status: Some(convert::pod_status(&view)),
+            info,
+            containers_statuses,
+            timestamp: 0,
+        })
+    }
+
+    /// What crictl and node agents read beside the status: `pid` above all.
+    fn pod_info(&self, view: &PodView) -> serde_json::Value {
+        let (pid, shim_pid, reason) = match &view.state {
+            PodState::Ready { shim, holder } => (holder.pid, shim.pid, ""),
+            PodState::NotReady { reason } => (0, 0, reason.as_str()),
+            PodState::Creating => (0, 0, ""),
+        };
+        let network: serde_json::Value =
+            serde_json::from_slice(&view.network_result).unwrap_or_default();
+        json!({
+            "pid": pid,
+            "shimPid": shim_pid,
+            "notReadyReason": reason,
+            "netns": view.facts.record.netns_path,
+            "netNamespaceClosed": pid == 0,
+            "runtimeHandler": view.facts.record.runtime_handler,
+            "config": crate::json::of("PodSandboxConfig", &view.facts.config),
+            "cniResult": network,
+        })
+    }
+
+    pub(super) fn list_pods(&self, filter: Option<cri::PodSandboxFilter>) -> Vec<cri::PodSandbox> {
+        let filter = filter.unwrap_or_default();
+        let pods = self.supervisor.registry().pods();
+        pods.iter()
+            .filter(|view| convert::pod_matches(&filter, view))
+            .map(|view| convert::pod(view))
+            .collect()
+    }
+}

@@ -1,0 +1,38 @@
+//! The Stream* twins of the lists: one snapshot, sent in chunks that stay far below the message
+//! limit of a client.
+
+use tokio_stream::{Iter, iter};
+use tonic::Status;
+
+/// Items a message: a container with the kubelet's labels and annotations is a few kilobytes,
+/// and clients take four megabytes by default.
+const CHUNK: usize = 200;
+
+pub type Chunks<T> = Iter<std::vec::IntoIter<Result<T, Status>>>;
+
+/// One response per chunk of items; none for no items.
+pub fn chunks<I: Clone, T>(items: Vec<I>, response: impl Fn(Vec<I>) -> T) -> Chunks<T> {
+    let responses: Vec<_> = items
+        .chunks(CHUNK)
+        .map(|chunk| Ok(response(chunk.to_vec())))
+        .collect();
+    iter(responses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_stream::StreamExt;
+
+    #[tokio::test]
+    async fn all_items_arrive_once_and_in_order() {
+        let items: Vec<usize> = (0..2 * CHUNK + 1).collect();
+        let sent: Vec<Vec<usize>> = chunks(items.clone(), |chunk| chunk)
+            .map(Result::unwrap)
+            .collect()
+            .await;
+        assert_eq!(sent.len(), 3);
+        assert_eq!(sent.concat(), items);
+        assert_eq!(chunks(Vec::<u8>::new(), |chunk| chunk).count().await, 0);
+    }
+}

@@ -1,0 +1,428 @@
+//! The configuration: one TOML file, drop-ins beside it, flags above all.
+//!
+//! `/etc/gantry/config.toml` and then `/etc/gantry/conf.d/*.toml` in the order of their names:
+//! tables merge, everything else replaces. Unknown keys are errors that name the line. Without a
+//! file the defaults run.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the configuration is when no flag says otherwise.
+pub const DEFAULT_FILE: &str = "/etc/gantry/config.toml";
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{path}: {source}")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    /// The text names line and column.
+    #[error("{path}: {message}")]
+    Parse { path: PathBuf, message: String },
+    #[error("{key}: {reason}")]
+    Invalid { key: &'static str, reason: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// What survives a reboot: records, images, layers.
+    pub root: PathBuf,
+    /// What does not: run directories. Must be on a tmpfs.
+    pub state: PathBuf,
+    /// The unix socket of CRI.
+    pub socket: PathBuf,
+    /// gantry-shim; empty: beside gantryd, then in PATH.
+    pub shim: PathBuf,
+    pub log: Log,
+    pub cgroup: Cgroup,
+    pub network: Network,
+    pub images: Images,
+    pub runtime: Runtime,
+    pub timeouts: Timeouts,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// error, warn, info, debug or trace.
+    pub level: String,
+    pub format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    /// systemd where it runs the machine and cgroups are v2, else cgroupfs.
+    #[default]
+    Auto,
+    Systemd,
+    Cgroupfs,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cgroup {
+    pub driver: CgroupDriver,
+    /// Parent of pods whose request names none; empty: `/gantry`, or `gantry.slice` with systemd.
+    pub default_parent: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    pub conf_dir: PathBuf,
+    /// Directories with plugins; empty: `/opt/cni/bin`, then `/usr/lib/cni`.
+    pub bin_dirs: Vec<PathBuf>,
+    /// Where network namespaces are pinned.
+    pub netns_dir: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Images {
+    /// Directory with `<host>/hosts.toml`.
+    pub registry_config: PathBuf,
+    /// Names (globs) of images that are never collected.
+    pub pinned: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Runtime {
+    /// Handler of pods whose request names none; empty: runc, crun or youki, the first found.
+    pub default: String,
+    /// By name; empty: those of runc, crun and youki that are in PATH.
+    pub handlers: BTreeMap<String, Handler>,
+    /// OOM score adjustment of shims; raised to what the kernel lets us write.
+    pub shim_oom_score_adj: i32,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Handler {
+    /// Path of the OCI runtime, or a name to find in PATH.
+    pub binary: PathBuf,
+    /// Names of pod and container annotations that reach the OCI spec; `*` at the end is a glob.
+    #[serde(default)]
+    pub annotations: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Timeouts {
+    /// One call of the OCI runtime.
+    pub runtime_seconds: u64,
+    /// One call of a CNI plugin.
+    pub network_seconds: u64,
+    /// How long output may stay open after an ExecSync's command has ended.
+    pub exec_drain_seconds: u64,
+    /// Recovery of one pod at start.
+    pub recovery_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/gantry".into(),
+            state: "/run/gantry".into(),
+            socket: "/run/gantry/gantry.sock".into(),
+            shim: PathBuf::new(),
+            log: Log::default(),
+            cgroup: Cgroup::default(),
+            network: Network::default(),
+            images: Images::default(),
+            runtime: Runtime::default(),
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: "info".to_owned(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            bin_dirs: Vec::new(),
+            netns_dir: "/var/run/netns".into(),
+        }
+    }
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self {
+            registry_config: "/etc/gantry/certs.d".into(),
+            pinned: Vec::new(),
+        }
+    }
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self {
+            default: String::new(),
+            handlers: BTreeMap::new(),
+            shim_oom_score_adj: -998,
+        }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            runtime_seconds: 60,
+            network_seconds: 60,
+            exec_drain_seconds: 2,
+            recovery_seconds: 10,
+        }
+    }
+}
+
+/// Flags that stand above the files.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    pub root: Option<PathBuf>,
+    pub state: Option<PathBuf>,
+    pub socket: Option<PathBuf>,
+    pub cni_conf_dir: Option<PathBuf>,
+    pub cni_bin_dirs: Option<Vec<PathBuf>>,
+}
+
+impl Config {
+    /// Reads the file and its drop-ins. `file` that was named must exist; the default one need not.
+    pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, Error> {
+        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let mut merged = match read(path) {
+            Err(Error::Read { source, .. })
+                if file.is_none() && source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                toml::Table::new()
+            }
+            read => read?,
+        };
+        for drop_in in drop_ins(path)? {
+            merge(&mut merged, read(&drop_in)?);
+        }
+        let mut config: Config = merged.try_into().map_err(|error| Error::Parse {
+            path: path.into(),
+            message: error.to_string(),
+        })?;
+        config.apply(overrides);
+        config.check()?;
+        Ok(config)
+    }
+
+    fn apply(&mut self, overrides: Overrides) {
+        fn set<T>(target: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+        set(&mut self.root, overrides.root);
+        set(&mut self.state, overrides.state);
+        set(&mut self.socket, overrides.socket);
+        set(&mut self.network.conf_dir, overrides.cni_conf_dir);
+        set(&mut self.network.bin_dirs, overrides.cni_bin_dirs);
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let dirs: [(&'static str, &Path); 5] = [
+            ("root", &self.root),
+            ("state", &self.state),
+            ("socket", &self.socket),
+            ("network.conf_dir", &self.network.conf_dir),
+            ("network.netns_dir", &self.network.netns_dir),
+        ];
+        for (key, path) in dirs {
+            if !path.is_absolute() {
+                let reason = format!("{} is not an absolute path", path.display());
+                return Err(Error::Invalid { key, reason });
+            }
+        }
+        // sun_path has 108 bytes with its end (unix(7)); the longest below the state directory is
+        // that of a shim.
+        for (key, length) in [
+            ("socket", self.socket.as_os_str().len()),
+            (
+                "state",
+                self.state.as_os_str().len() + "/pods//shim.sock".len() + 64,
+            ),
+        ] {
+            if length > 107 {
+                let reason =
+                    format!("makes a socket path of {length} bytes; unix sockets end at 107");
+                return Err(Error::Invalid { key, reason });
+            }
+        }
+        if !self.runtime.default.is_empty()
+            && !self.runtime.handlers.is_empty()
+            && !self.runtime.handlers.contains_key(&self.runtime.default)
+        {
+            return Err(Error::Invalid {
+                key: "runtime.default",
+                reason: format!("no handler {:?} is configured", self.runtime.default),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Reads one file. It is checked as a whole configuration of its own first, because only then
+/// the error can name the line.
+fn read(path: &Path) -> Result<toml::Table, Error> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    let parse = |error: toml::de::Error| Error::Parse {
+        path: path.into(),
+        message: error.to_string(),
+    };
+    toml::from_str::<Config>(&text).map_err(parse)?;
+    toml::from_str(&text).map_err(parse)
+}
+
+/// `conf.d/*.toml` beside the file, by name.
+fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, Error> {
+    let dir = file.with_file_name("conf.d");
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(Error::Read { path: dir, source }),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry
+            .map_err(|source| Error::Read {
+                path: dir.clone(),
+                source,
+            })?
+            .path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn merge(base: &mut toml::Table, over: toml::Table) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Table(base)), toml::Value::Table(over)) => merge(base, over),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn load(dir: &Path) -> Result<Config, Error> {
+        Config::load(Some(&dir.join("config.toml")), Overrides::default())
+    }
+
+    #[test]
+    fn drop_ins_merge_tables_and_replace_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("conf.d")).unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        write(
+            "config.toml",
+            "root = '/a'\n[network]\nbin_dirs = ['/x', '/y']\n[log]\nlevel = 'warn'\n",
+        );
+        write("conf.d/20.toml", "[network]\nbin_dirs = ['/z']\n");
+        write(
+            "conf.d/10.toml",
+            "[network]\nbin_dirs = ['/w']\nconf_dir = '/c'\n",
+        );
+        write("conf.d/ignored.txt", "nonsense");
+        let config = load(dir.path()).unwrap();
+        assert_eq!(config.root, Path::new("/a"));
+        assert_eq!(config.log.level, "warn");
+        assert_eq!(config.network.bin_dirs, [PathBuf::from("/z")]);
+        assert_eq!(config.network.conf_dir, Path::new("/c"));
+        assert_eq!(config.state, Config::default().state);
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_file_and_line() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("config.toml"),
+            "root = '/a'\n\n[log]\nlvel = 'x'\n",
+        )
+        .unwrap();
+        let error = load(dir.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("config.toml") && error.contains("line 4"),
+            "{error}"
+        );
+        assert!(error.contains("lvel"), "{error}");
+    }
+
+    #[test]
+    fn flags_stand_above_files_and_a_named_file_must_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(load(dir.path()), Err(Error::Read { .. })));
+        fs::write(dir.path().join("config.toml"), "root = '/a'\n").unwrap();
+        let overrides = Overrides {
+            root: Some("/b".into()),
+            ..Default::default()
+        };
+        let config = Config::load(Some(&dir.path().join("config.toml")), overrides).unwrap();
+        assert_eq!(config.root, Path::new("/b"));
+    }
+
+    #[test]
+    fn paths_that_cannot_work_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        for (text, key) in [
+            ("root = 'relative'", "root"),
+            (
+                "[runtime]\ndefault = 'x'\n[runtime.handlers.y]\nbinary = 'y'",
+                "runtime.default",
+            ),
+        ] {
+            fs::write(&file, text).unwrap();
+            let error = load(dir.path()).unwrap_err().to_string();
+            assert!(error.starts_with(key), "{error}");
+        }
+        fs::write(&file, format!("state = '/{}'", "x".repeat(60))).unwrap();
+        assert!(load(dir.path()).unwrap_err().to_string().contains("107"));
+    }
+
+    #[test]
+    fn the_default_configuration_is_read_back_as_itself() {
+        let text = toml::to_string(&Config::default()).unwrap();
+        assert_eq!(toml::from_str::<Config>(&text).unwrap(), Config::default());
+    }
+}

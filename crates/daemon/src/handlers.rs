@@ -1,0 +1,135 @@
+//! Which OCI runtimes there are, and what each can do.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use gantry_supervisor::{Handler, HandlerFeatures};
+
+use crate::config;
+
+/// Looked for, in this order, when the configuration names no handler.
+const KNOWN: [&str; 3] = ["runc", "crun", "youki"];
+
+/// Where sudo and systemd look too; a daemon may be started with a bare PATH.
+const FALLBACK_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// The handlers by name, and the name of the default one. `state` is where the runtimes keep
+/// theirs.
+pub fn find(
+    config: &config::Runtime,
+    state: &Path,
+) -> Result<(BTreeMap<String, Handler>, String), config::Error> {
+    let mut handlers = BTreeMap::new();
+    if config.handlers.is_empty() {
+        for name in KNOWN {
+            if let Some(binary) = in_path(Path::new(name)) {
+                handlers.insert(name.to_owned(), probe(name, binary, Vec::new(), state));
+            }
+        }
+    }
+    for (name, handler) in &config.handlers {
+        let binary = in_path(&handler.binary).ok_or_else(|| config::Error::Invalid {
+            key: "runtime.handlers",
+            reason: format!("{name}: {} is not an executable", handler.binary.display()),
+        })?;
+        let handler = probe(name, binary, handler.annotations.clone(), state);
+        handlers.insert(name.clone(), handler);
+    }
+    let default = if !config.default.is_empty() {
+        config.default.clone()
+    } else {
+        KNOWN
+            .iter()
+            .map(|name| (*name).to_owned())
+            .find(|name| handlers.contains_key(name))
+            .or_else(|| handlers.keys().next().cloned())
+            .unwrap_or_default()
+    };
+    if !handlers.is_empty() && !handlers.contains_key(&default) {
+        return Err(config::Error::Invalid {
+            key: "runtime.default",
+            reason: format!("no handler {default:?} was found"),
+        });
+    }
+    Ok((handlers, default))
+}
+
+/// Asks a runtime what it is. One that does not answer is kept and reported, so that the node can
+/// say why it is not ready.
+fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) -> Handler {
+    let root = state.join("runtime").join(name);
+    let runtime = gantry_runtime::Runtime::new(&binary);
+    let features = match runtime.version(PROBE_LIMIT) {
+        Err(error) => HandlerFeatures {
+            unusable: Some(format!("{}: {error}", binary.display())),
+            ..Default::default()
+        },
+        Ok(version) => HandlerFeatures {
+            version: version.version,
+            recursive_read_only_mounts: runtime
+                .features(PROBE_LIMIT)
+                .inspect_err(|error| {
+                    tracing::info!(handler = name, %error, "the runtime does not tell its features");
+                })
+                .is_ok_and(|features| features.recursive_read_only_mounts()),
+            // Not served before the security work: a kubelet must not send such pods.
+            user_namespaces: false,
+            unusable: None,
+        },
+    };
+    match &features.unusable {
+        None => tracing::info!(
+            handler = name,
+            binary = %binary.display(),
+            version = features.version,
+            "runtime handler"
+        ),
+        Some(reason) => tracing::error!(handler = name, reason, "runtime handler cannot be used"),
+    }
+    Handler {
+        binary,
+        root,
+        features,
+        annotations,
+    }
+}
+
+/// An absolute path as it is, a bare name as PATH has it; `None` unless it can be executed.
+pub fn in_path(name: &Path) -> Option<PathBuf> {
+    let executable = |path: &Path| {
+        std::fs::metadata(path)
+            .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+    };
+    if name.is_absolute() {
+        return executable(name).then(|| name.to_owned());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(std::env::split_paths(FALLBACK_PATH))
+        .map(|dir| dir.join(name))
+        .find(|path| executable(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_can_be_executed_is_found() {
+        assert_eq!(in_path(Path::new("/bin/sh")), Some("/bin/sh".into()));
+        assert!(in_path(Path::new("sh")).is_some());
+        assert_eq!(in_path(Path::new("/etc/passwd")), None);
+        assert_eq!(in_path(Path::new("no-such-runtime")), None);
+    }
+
+    #[test]
+    fn a_runtime_that_does_not_answer_is_kept_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let handler = probe("false", "/bin/false".into(), Vec::new(), dir.path());
+        assert!(handler.features.unusable.unwrap().contains("/bin/false"));
+    }
+}

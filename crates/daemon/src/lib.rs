@@ -1,0 +1,8 @@
+//! gantryd as a library: the configuration, and the wiring of everything behind the socket.
+
+pub mod config;
+mod handlers;
+mod server;
+mod socket;
+
+pub use server::run;

@@ -1,0 +1,275 @@
+//! Wiring: configuration in, a serving daemon out, ended by a signal.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use gantry_admin_api::v1::images_server::ImagesServer;
+use gantry_cri::{Conditions, Gate, RpcLayer};
+use gantry_cri_api::v1::image_service_server::ImageServiceServer;
+use gantry_cri_api::v1::runtime_service_server::RuntimeServiceServer;
+use gantry_images::Images;
+use gantry_network_cni::Cni;
+use gantry_ports::{Network, Snapshotter};
+use gantry_snapshotter_overlayfs::Overlayfs;
+use gantry_spec::resolved::{CgroupNode, CgroupVersion};
+use gantry_store::Store;
+use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Settings, Supervisor, Timeouts};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::config::{self, Config};
+use crate::{handlers, socket};
+
+/// What the kubelet receives at most; what we accept is a config with its annotations.
+const MESSAGE_LIMIT: usize = 16 << 20;
+
+/// How long calls under way may take to end after SIGTERM. Pods are not touched.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Runs until SIGTERM or SIGINT. Pods stay as they are.
+pub async fn run(config: Config) -> Result<()> {
+    gantry_sys::fs::umask(0o077);
+    private_dir(&config.root, 0o700)?;
+    // Others may pass through to the CRI socket; everything else in there is 0700.
+    private_dir(&config.state, 0o711)?;
+
+    // Before the store: a second daemon must be told so by the socket's owner, and a kubelet that
+    // comes early is told to wait.
+    let listener = socket::listen(&config.socket)
+        .with_context(|| format!("listen on {}", config.socket.display()))?;
+    let gate = Gate::default();
+
+    let store_dir = config.root.join("store");
+    let opened = {
+        let dir = store_dir.clone();
+        tokio::task::spawn_blocking(move || Store::open(&dir)).await??
+    };
+    let rebuild = opened.set_aside.is_some();
+    let snapshotter: Arc<dyn Snapshotter> = Arc::new(Overlayfs::open(&config.root)?);
+    let images = open_images(&config, &opened.store, &snapshotter).await?;
+    let network: Arc<dyn Network> = Arc::new(Cni::start(network_options(&config))?);
+
+    let settings = tokio::task::spawn_blocking({
+        let config = config.clone();
+        move || settings(&config)
+    })
+    .await??;
+    let no_handlers = settings.handlers.is_empty();
+    let supervisor = Supervisor::new(
+        settings,
+        Arc::clone(&opened.store),
+        images.clone(),
+        snapshotter,
+        network,
+    )?;
+
+    let conditions = Conditions {
+        config: serde_json::to_value(&config)?,
+        not_ready: Arc::new(move || {
+            no_handlers.then(|| "no OCI runtime (runc, crun, youki) was found".to_owned())
+        }),
+    };
+    let server = Server::builder()
+        .layer(RpcLayer::new(gate.clone(), Arc::new(())))
+        .add_service(
+            RuntimeServiceServer::new(gantry_cri::Runtime::new(supervisor.clone(), conditions))
+                .max_decoding_message_size(MESSAGE_LIMIT)
+                .max_encoding_message_size(MESSAGE_LIMIT),
+        )
+        .add_service(
+            ImageServiceServer::new(gantry_cri::Images::new(supervisor.clone()))
+                .max_decoding_message_size(MESSAGE_LIMIT)
+                .max_encoding_message_size(MESSAGE_LIMIT),
+        )
+        .add_service(ImagesServer::new(gantry_cri::Admin::new(images)));
+
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(async move {
+        let incoming = UnixListenerStream::new(listener);
+        let stopped = async {
+            // A dropped sender stops us just as well.
+            let _ = stopped.await;
+        };
+        server.serve_with_incoming_shutdown(incoming, stopped).await
+    });
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let summary = tokio::select! {
+        summary = supervisor.recover(rebuild) => summary.context("recovery")?,
+        _ = terminate.recv() => bail!("stopped during recovery"),
+    };
+    tracing::info!(
+        pods = summary.pods,
+        containers = summary.containers,
+        unreadable = summary.unreadable,
+        orphans = summary.orphans,
+        "recovered"
+    );
+    gate.open();
+    tracing::info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "systemd was not told that we are ready");
+    }
+
+    let mut serving = serving;
+    tokio::select! {
+        ended = &mut serving => {
+            ended?.context("serve")?;
+            bail!("the server ended by itself");
+        }
+        _ = terminate.recv() => tracing::info!("SIGTERM: pods are left as they are"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: pods are left as they are"),
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let _ = stop.send(());
+    if tokio::time::timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
+        tracing::warn!("calls under way were cut off");
+    }
+    // The next daemon need not tell a stale socket from a live one.
+    if let Err(error) = std::fs::remove_file(&config.socket) {
+        tracing::warn!(path = %config.socket.display(), %error, "socket not removed");
+    }
+    Ok(())
+}
+
+fn private_dir(path: &Path, mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let make = || {
+        std::fs::create_dir_all(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+    };
+    make().with_context(|| format!("make {}", path.display()))
+}
+
+async fn open_images(
+    config: &Config,
+    store: &Arc<Store>,
+    snapshotter: &Arc<dyn Snapshotter>,
+) -> Result<Images> {
+    let options = gantry_images::Options {
+        registry: gantry_images::registry::Settings {
+            certs_d: Some(config.images.registry_config.clone()),
+            ..Default::default()
+        },
+        pinned: config.images.pinned.clone(),
+        ..Default::default()
+    };
+    let (root, store, snapshotter) = (
+        config.root.clone(),
+        Arc::clone(store),
+        Arc::clone(snapshotter),
+    );
+    let images = tokio::task::spawn_blocking(move || {
+        snapshotter.clean()?;
+        anyhow::Ok(Images::open(&root, store, snapshotter, options)?)
+    })
+    .await?;
+    images.context("open image store")
+}
+
+fn network_options(config: &Config) -> gantry_network_cni::Options {
+    let bin_dirs = if config.network.bin_dirs.is_empty() {
+        vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")]
+    } else {
+        config.network.bin_dirs.clone()
+    };
+    gantry_network_cni::Options {
+        conf_dir: config.network.conf_dir.clone(),
+        bin_dirs,
+        timeout: Duration::from_secs(config.timeouts.network_seconds),
+        ..Default::default()
+    }
+}
+
+/// Looks at the machine: runtimes, cgroups, the shim. Blocks.
+fn settings(config: &Config) -> Result<Settings> {
+    let (handlers, default_handler) = handlers::find(&config.runtime, &config.state)?;
+    let cgroups = cgroups(config)?;
+    let cgroup_node = cgroup_node(&cgroups);
+    Ok(Settings {
+        state: config.state.clone(),
+        netns_dir: config.network.netns_dir.clone(),
+        shim: shim(config)?,
+        handlers,
+        default_handler,
+        cgroup_node,
+        cgroups,
+        shim_oom_score_adj: config.runtime.shim_oom_score_adj,
+        timeouts: Timeouts {
+            runtime: Duration::from_secs(config.timeouts.runtime_seconds),
+            exec_drain: Duration::from_secs(config.timeouts.exec_drain_seconds),
+            recovery: Duration::from_secs(config.timeouts.recovery_seconds),
+            ..Timeouts::default()
+        },
+        boot_id: gantry_sys::process::boot_id().context("read boot id")?,
+        recovery_parallelism: 32,
+    })
+}
+
+/// gantry-shim: as configured, beside our own executable, or in PATH.
+fn shim(config: &Config) -> Result<PathBuf> {
+    if !config.shim.as_os_str().is_empty() {
+        return handlers::in_path(&config.shim)
+            .with_context(|| format!("shim: {} is not an executable", config.shim.display()));
+    }
+    let beside = std::env::current_exe()
+        .context("find own executable")?
+        .with_file_name(SHIM);
+    handlers::in_path(&beside)
+        .or_else(|| handlers::in_path(Path::new(SHIM)))
+        .with_context(|| format!("{SHIM} is neither beside gantryd nor in PATH"))
+}
+
+const SHIM: &str = "gantry-shim";
+
+fn cgroups(config: &Config) -> Result<Cgroups> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("read mounts")?;
+    let hierarchy = Cgroups::detect_hierarchy(&mounts)?;
+    let v2 = matches!(hierarchy, Hierarchy::V2(_));
+    // sd_booted(3)
+    let systemd = Path::new("/run/systemd/system").is_dir();
+    let driver = match config.cgroup.driver {
+        config::CgroupDriver::Systemd => CgroupDriver::Systemd,
+        config::CgroupDriver::Cgroupfs => CgroupDriver::Cgroupfs,
+        config::CgroupDriver::Auto if v2 && systemd => CgroupDriver::Systemd,
+        config::CgroupDriver::Auto => CgroupDriver::Cgroupfs,
+    };
+    let default_parent = match (config.cgroup.default_parent.as_str(), driver) {
+        ("", CgroupDriver::Systemd) => "gantry.slice".to_owned(),
+        ("", CgroupDriver::Cgroupfs) => "/gantry".to_owned(),
+        (parent, _) => parent.to_owned(),
+    };
+    Ok(Cgroups {
+        driver,
+        hierarchy,
+        default_parent,
+    })
+}
+
+/// What the controllers of this node can do.
+fn cgroup_node(cgroups: &Cgroups) -> CgroupNode {
+    match &cgroups.hierarchy {
+        Hierarchy::V2(mount) => {
+            let controllers =
+                std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+            CgroupNode {
+                version: CgroupVersion::V2,
+                hugetlb: controllers
+                    .split_ascii_whitespace()
+                    .any(|name| name == "hugetlb"),
+                // The root has no memory.swap.max; without swap in the kernel there is no
+                // /proc/swaps either.
+                swap: Path::new("/proc/swaps").exists(),
+            }
+        }
+        Hierarchy::V1 { memory, .. } => CgroupNode {
+            version: CgroupVersion::V1,
+            hugetlb: memory.with_file_name("hugetlb").is_dir(),
+            swap: memory.join("memory.memsw.limit_in_bytes").exists(),
+        },
+    }
+}
