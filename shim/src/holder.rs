@@ -319,6 +319,9 @@ fn enter(
     namespace::enter_empty_root().map_err(step("enter empty root"))?;
     caps::drop_all().map_err(step("drop capabilities"))?;
     process::set_no_new_privs().map_err(step("set no_new_privs"))?;
+    // In a shared PID namespace the pod's containers see this process, and root there without
+    // capabilities of note would be its equal: /proc/1/exe must not lead it to the shim's binary.
+    process::set_not_dumpable().map_err(step("forbid dumping"))?;
     process::die_with_parent().map_err(step("set death signal"))?;
     seccomp::only_wait().map_err(step("install seccomp filter"))?;
     Ok(ranges)

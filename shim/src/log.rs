@@ -25,8 +25,8 @@ pub enum Kind {
     Stderr,
 }
 
-/// Bytes of a record besides its text: stamp, ` stdout F `, newline.
-const OVERHEAD: usize = STAMP + 10 + 1;
+/// Length of what precedes the text of a record: stamp and ` stdout F `.
+const HEAD: usize = STAMP + 10;
 
 impl Kind {
     fn tag(self, full: bool) -> &'static [u8; 10] {
@@ -36,6 +36,13 @@ impl Kind {
             (Kind::Stderr, true) => b" stderr F ",
             (Kind::Stderr, false) => b" stderr P ",
         }
+    }
+
+    fn head(self, full: bool, stamp: &[u8; STAMP]) -> [u8; HEAD] {
+        let mut head = [0; HEAD];
+        head[..STAMP].copy_from_slice(stamp);
+        head[STAMP..].copy_from_slice(self.tag(full));
+        head
     }
 }
 
@@ -134,39 +141,74 @@ pub struct Writer<'a> {
     log: &'a mut LogFile,
     buffer: &'a mut PageBuffer,
     used: usize,
-    stamp: &'a [u8; STAMP],
-    kind: Kind,
+    full: [u8; HEAD],
+    part: [u8; HEAD],
 }
 
 impl<'a> Writer<'a> {
     pub fn new(
         log: &'a mut LogFile,
         buffer: &'a mut PageBuffer,
-        stamp: &'a [u8; STAMP],
+        stamp: &[u8; STAMP],
         kind: Kind,
     ) -> Self {
+        let (full, part) = (kind.head(true, stamp), kind.head(false, stamp));
         Self {
             log,
             buffer,
             used: 0,
-            stamp,
-            kind,
+            full,
+            part,
         }
     }
 
-    /// Adds one record whose text is `head` and then `tail`, together at most [`MAX_LINE`].
-    fn record(&mut self, full: bool, head: &[u8], tail: &[u8]) {
-        let len = OVERHEAD + head.len() + tail.len();
-        if self.buffer.len() - self.used < len {
-            self.flush();
+    /// Adds a record of a whole line: `head`, then `tail` up to and with its newline; together at
+    /// most [`MAX_LINE`] bytes of text.
+    fn line(&mut self, head: &[u8], tail: &[u8]) {
+        let space = Self::space(
+            self.log,
+            self.buffer,
+            &mut self.used,
+            head.len() + tail.len(),
+        );
+        let (place, rest) = space.split_at_mut(HEAD);
+        place.copy_from_slice(&self.full);
+        if head.is_empty() {
+            rest.copy_from_slice(tail);
+        } else {
+            let (place, rest) = rest.split_at_mut(head.len());
+            place.copy_from_slice(head);
+            rest.copy_from_slice(tail);
         }
-        let mut space = &mut self.buffer[self.used..self.used + len];
-        for part in [&self.stamp[..], self.kind.tag(full), head, tail, b"\n"] {
-            let (here, after) = space.split_at_mut(part.len());
-            here.copy_from_slice(part);
-            space = after;
+    }
+
+    /// Adds a record of a piece of a line, at most [`MAX_LINE`] bytes.
+    fn piece(&mut self, head: &[u8], tail: &[u8]) {
+        let len = head.len() + tail.len() + 1;
+        let space = Self::space(self.log, self.buffer, &mut self.used, len);
+        let (place, rest) = space.split_at_mut(HEAD);
+        place.copy_from_slice(&self.part);
+        let (place, rest) = rest.split_at_mut(head.len());
+        place.copy_from_slice(head);
+        let (place, rest) = rest.split_at_mut(tail.len());
+        place.copy_from_slice(tail);
+        rest.copy_from_slice(b"\n");
+    }
+
+    /// Room for a record with so many bytes after its head.
+    fn space<'b>(
+        log: &mut LogFile,
+        buffer: &'b mut PageBuffer,
+        used: &mut usize,
+        len: usize,
+    ) -> &'b mut [u8] {
+        if buffer.len() - *used < HEAD + len {
+            log.write(&buffer[..*used]);
+            *used = 0;
         }
-        self.used += len;
+        let start = *used;
+        *used += HEAD + len;
+        &mut buffer[start..*used]
     }
 
     fn flush(&mut self) {
@@ -184,11 +226,11 @@ impl<'a> Writer<'a> {
             let window = &rest[..rest.len().min(room + 1)];
             match memchr::memchr(b'\n', window) {
                 Some(end) => {
-                    self.record(true, partial, &rest[..end]);
+                    self.line(partial, &rest[..=end]);
                     rest = &rest[end + 1..];
                 }
                 None if rest.len() > room => {
-                    self.record(false, partial, &rest[..room]);
+                    self.piece(partial, &rest[..room]);
                     rest = &rest[room..];
                 }
                 None => {
@@ -202,11 +244,11 @@ impl<'a> Writer<'a> {
             let window = &rest[..rest.len().min(MAX_LINE + 1)];
             match memchr::memchr(b'\n', window) {
                 Some(end) => {
-                    self.record(true, &[], &rest[..end]);
+                    self.line(&[], &rest[..=end]);
                     rest = &rest[end + 1..];
                 }
                 None if rest.len() > MAX_LINE => {
-                    self.record(false, &[], &rest[..MAX_LINE]);
+                    self.piece(&[], &rest[..MAX_LINE]);
                     rest = &rest[MAX_LINE..];
                 }
                 None => {
@@ -221,7 +263,7 @@ impl<'a> Writer<'a> {
     pub fn end(&mut self, partial: &mut Vec<u8>) {
         let partial = std::mem::take(partial);
         if !partial.is_empty() {
-            self.record(false, &partial, &[]);
+            self.piece(&partial, &[]);
         }
     }
 }

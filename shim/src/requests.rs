@@ -733,6 +733,13 @@ impl Shim {
         }
         let patience = SHUTDOWN_PATIENCE.min(self.timeout);
         self.shutdown = Some((asker, Instant::now() + patience));
+        // Whatever is on its way is cut short by its deadline, and a failed start undone; only
+        // what takes containers away goes on.
+        for call in self.calls.values_mut() {
+            if !matches!(call.purpose, Purpose::Delete { .. } | Purpose::Undo { .. }) {
+                call.deadline = Instant::now();
+            }
+        }
         let all: Vec<(u32, Phase, Deletion)> = self
             .containers
             .values()
@@ -740,17 +747,8 @@ impl Shim {
             .collect();
         for (number, phase, deletion) in all {
             match (phase, deletion) {
-                // Its start is cut short, and the failed start undone.
-                (Phase::Starting, _) => {
-                    for call in self.calls.values_mut() {
-                        if matches!(&call.purpose, Purpose::Start { container, .. } if *container == number)
-                        {
-                            call.deadline = Instant::now();
-                        }
-                    }
-                }
+                (Phase::Starting, _) | (_, Deletion::UnderWay) => {}
                 (_, Deletion::None) => self.delete_in_runtime(number, true),
-                (_, Deletion::UnderWay) => {}
                 (_, Deletion::Done) => self.forget(number),
             }
         }

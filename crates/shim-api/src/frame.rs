@@ -95,6 +95,10 @@ impl Decoder {
     }
 
     /// The next whole frame, `None` until more bytes have come.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "the caller names the message's type"
+    )]
     pub fn next<M: Message + Default>(&mut self) -> Result<Option<Frame<M>>, Error> {
         let Some(len) = self.len_at(self.consumed)? else {
             return Ok(None);

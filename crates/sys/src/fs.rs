@@ -280,9 +280,12 @@ pub fn fstatfs(file: impl AsFd) -> io::Result<StatFs> {
     Ok(rfs::fstatfs(file)?)
 }
 
+/// statfs(2); libc gives it another type on each C library.
+const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
+
 /// Whether `path` lies on a cgroup v2 hierarchy.
 pub fn is_cgroup2(path: &Path) -> io::Result<bool> {
-    Ok(statfs(path)?.f_type as i64 == libc::CGROUP2_SUPER_MAGIC as i64)
+    Ok(statfs(path)?.f_type as i64 == CGROUP2_SUPER_MAGIC)
 }
 
 /// Sets the umask of this process and returns the old one. Only for a process's start: the

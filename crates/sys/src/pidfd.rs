@@ -102,6 +102,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "reaped through the descriptor")]
     fn signals_reach_exactly_the_process() {
         let child = std::process::Command::new("sleep")
             .arg("60")

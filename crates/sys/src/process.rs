@@ -198,6 +198,14 @@ pub fn set_no_new_privs() -> io::Result<()> {
     Ok(rustix::thread::set_no_new_privs(true)?)
 }
 
+/// Closes `/proc/PID/exe`, `mem` and the like of the calling process to whoever lacks
+/// CAP_SYS_PTRACE (PR_SET_DUMPABLE(2const)). execve(2) undoes it.
+pub fn set_not_dumpable() -> io::Result<()> {
+    Ok(rp::set_dumpable_behavior(
+        rp::DumpableBehavior::NotDumpable,
+    )?)
+}
+
 /// A new session (setsid(2)); EPERM for the leader of a process group.
 pub fn setsid() -> io::Result<()> {
     rp::setsid()?;

@@ -207,7 +207,8 @@ impl Daemon {
 /// Starts a shim; `Err` is what its Ready says.
 pub fn boot(runtime: &Path, change: impl FnOnce(&mut v1::Bootstrap, &Path)) -> Result<Pod, String> {
     let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let name = format!("gantry-test-{}-{number}", std::process::id());
+    // Ends in a sign, so that no name is the beginning of another.
+    let name = format!("gantry-test-{}-{number}_", std::process::id());
     let dir = tempfile::Builder::new().prefix(&name).tempdir().unwrap();
     let run_dir = dir.path().join("run");
     std::fs::create_dir(&run_dir).unwrap();

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::common::{Daemon, boot, eventually, pod, skip};
+use crate::common::{Daemon, boot, eventually, pod, records, skip};
 use gantry_shim_api::v1::{self, event, message, request};
 use gantry_sys::process::alive;
 
@@ -81,6 +81,18 @@ fn the_holder_is_confined_and_its_namespaces_are_pinned() {
     })
     .unwrap();
     assert_eq!(seen.0.trim(), "1");
+    // Not dumpable: with the same uid alone nobody gets at the shim's binary through it.
+    let bundle = {
+        let mut bundle = pod.bundle("c1", "cat /proc/1/comm; head -c 1 /proc/1/exe >/dev/null");
+        let pin = pod.run_dir().join("ns/pid");
+        bundle.config["linux"]["namespaces"][0]["path"] = pin.to_str().unwrap().into();
+        bundle
+    };
+    pod.start(&bundle).unwrap();
+    assert_ne!(pod.daemon.exited("c1").code, 0);
+    let lines = records(&bundle.log);
+    assert_eq!(lines[0], "stdout F gantry-holder");
+    assert!(lines[1].contains("Permission denied"), "{lines:?}");
     let cmdline = std::fs::read(format!("/proc/{}/cmdline", pod.shim.pid)).unwrap();
     assert_eq!(cmdline, format!("gantry-shim\0{}\0", pod.name).into_bytes());
     pod.shutdown();
