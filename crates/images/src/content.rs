@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use gantry_types::Digest;
+use gantry_types::digest::Algorithm;
 
 use crate::hash::{self, Hasher};
 use crate::{Error, Result};
@@ -170,6 +171,11 @@ impl Content {
 
     /// Starts a blob that is to have this digest.
     pub fn ingest(&self, digest: &Digest) -> Result<Ingest> {
+        self.ingest_by(digest.algorithm())
+    }
+
+    /// Starts a blob whose digest nobody has said.
+    pub fn ingest_by(&self, algorithm: Algorithm) -> Result<Ingest> {
         let path = self.new_name();
         let file = File::options()
             .read(true)
@@ -178,7 +184,7 @@ impl Content {
             .mode(0o600)
             .open(&path)
             .map_err(|e| Error::io(format_args!("create {}", path.display()), e))?;
-        let hasher = Hasher::new(digest.algorithm());
+        let hasher = Hasher::new(algorithm);
         Ok(Ingest {
             content: self.clone(),
             path,
@@ -285,6 +291,16 @@ impl Ingest {
         Ok(())
     }
 
+    /// Makes durable and names the blob by what it turned out to be.
+    pub fn finish_as_found(mut self) -> Result<(Digest, u64)> {
+        let hasher = std::mem::replace(&mut self.hasher, Hasher::new(Algorithm::Sha256));
+        let text = format!("{}:{}", hasher.algorithm().as_str(), hasher.hex());
+        let digest = text.parse().map_err(|e| Error::invalid(&text, e))?;
+        let size = self.written;
+        self.store(&digest, size)?;
+        Ok((digest, size))
+    }
+
     /// Starts over: what was written is thrown away.
     pub fn restart(self, digest: &Digest) -> Result<Self> {
         let content = self.content.clone();
@@ -302,6 +318,10 @@ impl Ingest {
         if !hasher.is(digest) {
             return Err(Error::mismatch(digest, "the content has another digest"));
         }
+        self.store(digest, size)
+    }
+
+    fn store(self, digest: &Digest, size: u64) -> Result<()> {
         self.file
             .sync_all()
             .map_err(|e| Error::io(format_args!("sync {}", self.path.display()), e))?;

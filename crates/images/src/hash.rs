@@ -34,7 +34,15 @@ impl Hasher {
         self.hex() == digest.hex()
     }
 
-    fn hex(self) -> String {
+    pub fn algorithm(&self) -> Algorithm {
+        match self {
+            Hasher::Sha256(_) => Algorithm::Sha256,
+            Hasher::Sha512(_) => Algorithm::Sha512,
+        }
+    }
+
+    /// The hash in hexadecimal.
+    pub fn hex(self) -> String {
         let bytes = match self {
             Hasher::Sha256(hasher) => hasher.finalize().to_vec(),
             Hasher::Sha512(hasher) => hasher.finalize().to_vec(),

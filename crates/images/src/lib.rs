@@ -6,6 +6,7 @@
 //! that no record is written over data that is not on disk. A removal deletes the record last: what
 //! it left half done when it was killed is still known, and is finished at the next start.
 
+mod archive;
 mod catalog;
 mod collect;
 mod content;

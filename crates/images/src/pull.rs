@@ -102,12 +102,14 @@ async fn pull_image(
         lease: inner.leases.lease(),
         documents: 0,
         visited: Vec::new(),
+        fresh: Vec::new(),
     };
     let top = walk.top(reference).await?;
     let named = reference.with_digest(&top.digest);
     let manifest = walk.manifest(top).await?;
-    let lease = walk.lease;
-    let mut fresh = Vec::new();
+    let Walk {
+        lease, mut fresh, ..
+    } = walk;
     let installed = install::install(inner, Some(session), &manifest, lease, &mut fresh).await;
     let lease = match installed {
         Ok(lease) => lease,
@@ -135,6 +137,8 @@ struct Walk<'a> {
     lease: Lease,
     documents: usize,
     visited: Vec<Digest>,
+    /// Blobs that were not here before.
+    fresh: Vec<Digest>,
 }
 
 impl Walk<'_> {
@@ -175,7 +179,13 @@ impl Walk<'_> {
         self.lease.hold([&served.digest]);
         let content = self.inner.content.clone();
         let (digest, bytes) = (served.digest.clone(), served.bytes.clone());
-        blocking("blob write", move || content.put_as(&digest, &bytes)).await?;
+        let new = blocking("blob write", move || {
+            let new = content.size(&digest)?.is_none();
+            content.put_as(&digest, &bytes).map(|()| new)
+        });
+        if new.await? {
+            self.fresh.push(served.digest.clone());
+        }
         Ok(parsed)
     }
 
@@ -275,7 +285,9 @@ impl Walk<'_> {
     /// Whether the image of this configuration says it runs here.
     async fn runs(&mut self, config: &Descriptor) -> Result<bool> {
         self.lease.hold([&config.digest]);
-        install::fetch(self.inner, Some(self.session), config).await?;
+        if install::fetch(self.inner, Some(self.session), config).await? {
+            self.fresh.push(config.digest.clone());
+        }
         let bytes = self.local(&config.digest).await?.unwrap_or_default();
         let parsed = document::parse_config(&config.digest, &bytes)?;
         Ok(self.inner.options.platforms.runs(&parsed.image.platform))

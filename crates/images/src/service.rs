@@ -10,7 +10,7 @@ use gantry_ports::Snapshotter;
 use gantry_ports::snapshotter::Usage;
 use gantry_store::Store;
 use gantry_store::record::ImageRecord;
-use gantry_types::Digest;
+use gantry_types::{Digest, ErrorKind, Kind};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
 use crate::catalog::Catalog;
@@ -214,8 +214,14 @@ impl Images {
             catalog.remove(&image.id);
             work.publish(catalog.clone());
             work.collect_of(&image, in_use.as_ref())?;
-            work.write_down(&catalog)?;
-            work.purge()
+            match work.write_down(&catalog) {
+                // Not even for the index is there room: what was removed makes some.
+                Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+                    work.purge()?;
+                    work.write_down(&catalog)
+                }
+                written => written.and_then(|()| work.purge()),
+            }
         });
         let done = done.await;
         drop(changing);
@@ -345,6 +351,7 @@ impl Inner {
             changed = true;
         }
         changed |= catalog.images().count() != before;
+        changed |= before > 0 && !self.content.index_path().exists();
         Ok((catalog, changed))
     }
 

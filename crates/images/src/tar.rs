@@ -96,11 +96,6 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    /// The stream behind the archive: what follows its end is the caller's to read.
-    pub fn into_inner(self) -> R {
-        self.inner
-    }
-
     /// The next entry, or `None` at the end of the archive. What was not read of the one before
     /// is skipped.
     pub fn next(&mut self) -> io::Result<Option<Entry>> {
@@ -153,8 +148,11 @@ impl<R: Read> Reader<R> {
                 )));
             }
         };
-        let number = |what: &str, value: io::Result<u64>| {
-            value.map_err(|_| bad(format!("the {what} of an entry is no number")))
+        let old = header.as_old();
+        let number = |what: &str, field: &[u8], value: io::Result<u64>| match value {
+            // Writers leave fields that they do not care for empty.
+            Err(_) if field.iter().all(|b| matches!(b, 0 | b' ')) => Ok(0),
+            other => other.map_err(|_| bad(format!("the {what} of an entry is no number"))),
         };
         let device = match kind {
             Kind::Char | Kind::Block => {
@@ -199,22 +197,19 @@ impl<R: Read> Reader<R> {
             path,
             link,
             kind,
-            mode: header
-                .mode()
-                .map_err(|_| bad("the mode of an entry is no number"))?
-                & 0o7777,
+            mode: number("mode", &old.mode, header.mode().map(u64::from))? as u32 & 0o7777,
             uid: match pax.uid {
                 Some(uid) => uid,
-                None => number("owner", header.uid())?,
+                None => number("owner", &old.uid, header.uid())?,
             },
             gid: match pax.gid {
                 Some(gid) => gid,
-                None => number("group", header.gid())?,
+                None => number("group", &old.gid, header.gid())?,
             },
             // The crate reads base-256 numbers as two's complement.
             mtime: match pax.mtime {
                 Some(mtime) => mtime,
-                None => (number("time", header.mtime())? as i64, 0),
+                None => (number("time", &old.mtime, header.mtime())? as i64, 0),
             },
             size: stored,
             device,

@@ -114,7 +114,7 @@ fn a_snapshot_is_mounted_written_and_removed(s: &dyn Snapshotter, target: &Path)
     let layers = [digest(1), digest(2)];
     s.prepare(&id, &layers).expect("prepare");
     s.prepare(&id, &layers).expect("prepare is idempotent");
-    assert_eq!(s.snapshots().expect("snapshots"), [id.clone()]);
+    assert_eq!(s.snapshots().expect("snapshots"), std::slice::from_ref(&id));
     s.mount(&id, &layers, target).expect("mount");
     s.mount(&id, &layers, target).expect("mount is idempotent");
     assert_eq!(

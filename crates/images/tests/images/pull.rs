@@ -1,10 +1,8 @@
 //! Pulls from a registry on the loopback.
 
-mod common;
-
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use common::{Node, image, not_root, nothing_in_use};
+use crate::node::{Node, image, not_root, nothing_in_use};
 use gantry_testkit::image::{Compression, ImageBuilder, Layer, Types, index};
 use gantry_testkit::registry::Registry;
 use gantry_types::{ErrorKind, Kind};

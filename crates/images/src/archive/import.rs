@@ -1,0 +1,365 @@
+//! Images from an archive.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use gantry_types::Digest;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::collect::Files;
+use super::{DockerImage, NAME, REF_NAME};
+use crate::document::{self, DOCUMENT_MAX, Document, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::install;
+use crate::reference::Reference;
+use crate::service::{Images, Inner, blocking};
+use crate::{Error, Result};
+
+/// Deepest nesting of indexes.
+const DEPTH_MAX: usize = 4;
+/// Most images of one archive.
+const IMAGES_MAX: usize = 1000;
+
+/// An image of the archive: its manifest is a blob by now.
+struct Found {
+    manifest: Digest,
+    config: Digest,
+    /// What the archive's index points to, if it has one.
+    top: Option<Digest>,
+    names: Vec<Reference>,
+}
+
+#[derive(Deserialize)]
+struct LayoutIndex {
+    manifests: Vec<LayoutEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct LayoutEntry {
+    digest: String,
+    #[serde(default)]
+    media_type: String,
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+impl Images {
+    /// Imports the images of a stream: an OCI image layout as tar, or a docker archive; compressed
+    /// or not. `name` is for an archive of one image, instead of the names that it gives. Images
+    /// for other platforms may be named without being there. Returns the names, or the ids of
+    /// images without one.
+    pub async fn import(
+        &self,
+        stream: impl Read + Send + 'static,
+        name: Option<String>,
+    ) -> Result<Vec<String>> {
+        self.import_files(name, move |files| files.read_tar(stream))
+            .await
+    }
+
+    /// As [`Images::import`], from a file or from the directory of an image layout.
+    pub async fn import_path(&self, path: &Path, name: Option<String>) -> Result<Vec<String>> {
+        let path = path.to_owned();
+        self.import_files(name, move |files| {
+            if path.is_dir() {
+                return files.read_dir(&path);
+            }
+            let file = std::fs::File::open(&path)
+                .map_err(|e| Error::io(format_args!("open {}", path.display()), e))?;
+            files.read_tar(file)
+        })
+        .await
+    }
+
+    async fn import_files(
+        &self,
+        name: Option<String>,
+        read: impl FnOnce(&mut Files) -> Result<()> + Send + 'static,
+    ) -> Result<Vec<String>> {
+        let name = name.map(|name| name.parse::<Reference>()).transpose()?;
+        let inner = self.inner.clone();
+        let mut files = Files::new(inner.content.clone(), inner.leases.lease());
+        let (files, found) = blocking("image import", move || {
+            let found = read(&mut files).and_then(|()| find(&inner, &mut files, name));
+            Ok((files, found))
+        })
+        .await?;
+        let brought = files.digests();
+        let lease = files.into_lease();
+        let result = match found {
+            Ok(found) => adopt(&self.inner, found).await,
+            Err(error) => Err(error),
+        };
+        drop(lease);
+        // What no image needed: the archive's own files, other platforms, all of a bad archive.
+        let inner = self.inner.clone();
+        let dropped = blocking("blob removal", move || inner.drop_blobs(&brought)).await;
+        match (result, dropped) {
+            (Ok(names), dropped) => dropped.map(|()| names),
+            (Err(error), Ok(())) => Err(error),
+            (Err(error), Err(second)) => {
+                tracing::warn!(error = %second, "blobs of a failed import stay until collection");
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Unpacks and records what was found.
+async fn adopt(inner: &Arc<Inner>, found: Vec<Found>) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for image in found {
+        let mut lease = inner.leases.lease();
+        lease.hold([&image.manifest]);
+        let lease = install::install(inner, None, &image.manifest, lease, &mut Vec::new()).await?;
+        let tags: Vec<String> = image.names.iter().filter_map(Reference::tagged).collect();
+        let by_digest = |name: &Reference| match (name.digest(), &image.top) {
+            (Some(_), _) => Some(name.to_string()),
+            (None, Some(top)) => Some(name.with_digest(top)),
+            (None, None) => None,
+        };
+        let digests: Vec<String> = image.names.iter().filter_map(by_digest).collect();
+        let admitted = inner.admit(image.manifest, tags.clone(), digests).await?;
+        drop(lease);
+        if image.names.is_empty() {
+            names.push(admitted.id.clone());
+        }
+        names.extend(image.names.iter().map(Reference::to_string));
+    }
+    Ok(names)
+}
+
+fn find(inner: &Inner, files: &mut Files, name: Option<Reference>) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    let docker = docker_images(files)?;
+    if let Some(index) = files.read("index.json")? {
+        from_layout(inner, &index, &mut found)?;
+        // docker's tags are whole names, those of a layout may be tags alone.
+        for image in &mut found {
+            let tags = docker.iter().filter(|(config, _)| *config == image.config);
+            for tag in tags.flat_map(|(_, image)| image.repo_tags.iter().flatten()) {
+                let tag: Reference = tag.parse()?;
+                if !image.names.contains(&tag) {
+                    image.names.push(tag);
+                }
+            }
+        }
+    } else {
+        for (config, image) in docker {
+            found.push(from_docker(inner, files, config, image)?);
+        }
+    }
+    match (name, found.as_mut_slice()) {
+        (_, []) => Err(Error::invalid(
+            "image archive",
+            "no image in it: neither index.json nor manifest.json names one that runs here",
+        )),
+        (None, _) => Ok(found),
+        (Some(name), [one]) => {
+            one.names = vec![name];
+            Ok(found)
+        }
+        (Some(name), more) => Err(Error::Reference {
+            reference: name.to_string(),
+            reason: format!(
+                "the archive has {} images: one name cannot be for all",
+                more.len()
+            ),
+        }),
+    }
+}
+
+/// The images that `index.json` leads to and that run here.
+fn from_layout(inner: &Inner, index: &[u8], found: &mut Vec<Found>) -> Result<()> {
+    let index: LayoutIndex = serde_json::from_slice(index)
+        .map_err(|e| Error::invalid("image archive: index.json", e))?;
+    if index.manifests.len() > IMAGES_MAX {
+        let what = "image archive: index.json".to_owned();
+        return Err(Error::Limit {
+            what,
+            limit: IMAGES_MAX as u64,
+            unit: "images",
+        });
+    }
+    for entry in index.manifests {
+        let what = "image archive: index.json";
+        let digest: Digest = entry.digest.parse().map_err(|e| Error::invalid(what, e))?;
+        let mut visited = Vec::new();
+        let Some(manifest) = pick(inner, &digest, &entry.media_type, 0, &mut visited)? else {
+            tracing::debug!(%digest, "image archive: nothing for this platform");
+            continue;
+        };
+        let names = layout_name(entry.annotations.as_ref())
+            .into_iter()
+            .collect::<Vec<_>>();
+        let config = config_of(inner, &manifest)?;
+        let known = found
+            .iter_mut()
+            .find(|image: &&mut Found| image.manifest == manifest);
+        match known {
+            // One entry per name, as our own index has it.
+            Some(image) => image.names.extend(names),
+            None => found.push(Found {
+                manifest,
+                config,
+                top: Some(digest),
+                names,
+            }),
+        }
+    }
+    Ok(())
+}
+
+fn layout_name(annotations: Option<&BTreeMap<String, String>>) -> Option<Reference> {
+    let annotations = annotations?;
+    let full = annotations.get(NAME).map(String::as_str);
+    // A lone tag names nothing.
+    let other = annotations.get(REF_NAME).map(String::as_str);
+    let other = other.filter(|name| name.contains(['/', ':', '@']));
+    full.or(other)?.parse().ok()
+}
+
+/// The manifest for this node at or below `digest`; `None` if there is none or its parts are not
+/// in the archive.
+fn pick(
+    inner: &Inner,
+    digest: &Digest,
+    media_type: &str,
+    depth: usize,
+    visited: &mut Vec<Digest>,
+) -> Result<Option<Digest>> {
+    if visited.contains(digest) {
+        return Ok(None);
+    }
+    if depth > DEPTH_MAX {
+        let what = format!("index {digest}");
+        return Err(Error::Limit {
+            what,
+            limit: DEPTH_MAX as u64,
+            unit: "levels of indexes",
+        });
+    }
+    visited.push(digest.clone());
+    let Some(bytes) = inner.content.read(digest, DOCUMENT_MAX)? else {
+        return Ok(None);
+    };
+    match document::parse(digest.as_str(), media_type, &bytes)? {
+        Document::Manifest(manifest) => {
+            for blob in manifest.layers.iter().chain([&manifest.config]) {
+                if inner.content.size(&blob.digest)?.is_none() {
+                    return Ok(None);
+                }
+            }
+            let config = inner.content.read(&manifest.config.digest, DOCUMENT_MAX)?;
+            let config =
+                document::parse_config(&manifest.config.digest, &config.unwrap_or_default())?;
+            let runs = inner.options.platforms.runs(&config.image.platform);
+            Ok(runs.then(|| digest.clone()))
+        }
+        Document::Index(entries) => {
+            for entry in inner.options.platforms.candidates(&entries) {
+                let found = pick(inner, &entry.digest, &entry.media_type, depth + 1, visited)?;
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn config_of(inner: &Inner, manifest: &Digest) -> Result<Digest> {
+    let bytes = inner
+        .content
+        .read(manifest, DOCUMENT_MAX)?
+        .unwrap_or_default();
+    match document::parse(manifest.as_str(), "", &bytes)? {
+        Document::Manifest(parsed) => Ok(parsed.config.digest),
+        Document::Index(_) => Err(Error::invalid(
+            manifest,
+            "an index where a manifest should be",
+        )),
+    }
+}
+
+/// The images of `manifest.json` by their configuration's digest.
+fn docker_images(files: &Files) -> Result<Vec<(Digest, DockerImage)>> {
+    let what = "image archive: manifest.json";
+    let Some(bytes) = files.read("manifest.json")? else {
+        return Ok(Vec::new());
+    };
+    let images: Vec<DockerImage> =
+        serde_json::from_slice(&bytes).map_err(|e| Error::invalid(what, e))?;
+    if images.len() > IMAGES_MAX {
+        let limit = IMAGES_MAX as u64;
+        return Err(Error::Limit {
+            what: what.to_owned(),
+            limit,
+            unit: "images",
+        });
+    }
+    let with_digest = |image: DockerImage| match files.find(&image.config) {
+        Some((digest, _)) => Ok((digest.clone(), image)),
+        None => Err(Error::invalid(
+            what,
+            format_args!("{:?} is not in the archive", image.config),
+        )),
+    };
+    images.into_iter().map(with_digest).collect()
+}
+
+/// Writes the manifest that a docker archive does not have.
+fn from_docker(
+    inner: &Inner,
+    files: &mut Files,
+    config: Digest,
+    image: DockerImage,
+) -> Result<Found> {
+    let what = "image archive: manifest.json";
+    let mut layers = Vec::new();
+    for name in image.layers.unwrap_or_default() {
+        let (digest, size) = files
+            .find(&name)
+            .ok_or_else(|| Error::invalid(what, format_args!("{name:?} is not in the archive")))?;
+        layers.push(json!({
+            "mediaType": layer_type(inner, digest)?,
+            "digest": digest.as_str(),
+            "size": size,
+        }));
+    }
+    let size = inner.content.size(&config)?.unwrap_or_default();
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {"mediaType": OCI_CONFIG, "digest": config.as_str(), "size": size},
+        "layers": layers,
+    });
+    let manifest = files.make(manifest.to_string().as_bytes())?;
+    let names = image.repo_tags.unwrap_or_default();
+    let names = names
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Found {
+        manifest,
+        config,
+        top: None,
+        names,
+    })
+}
+
+fn layer_type(inner: &Inner, digest: &Digest) -> Result<String> {
+    let mut magic = [0; 4];
+    let mut file = inner.content.open_blob(digest)?;
+    let n = file
+        .read(&mut magic)
+        .map_err(|e| Error::io(format_args!("read {digest}"), e))?;
+    Ok(match &magic[..n] {
+        [0x1f, 0x8b, ..] => format!("{OCI_LAYER}+gzip"),
+        [0x28, 0xb5, 0x2f, 0xfd] => format!("{OCI_LAYER}+zstd"),
+        _ => OCI_LAYER.to_owned(),
+    })
+}

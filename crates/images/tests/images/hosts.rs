@@ -1,0 +1,420 @@
+//! Registries that want to know who asks, mirrors, and hosts that lead elsewhere.
+
+use gantry_images::{Credentials, PullRequest};
+use gantry_testkit::registry::{Auth, Registry};
+use gantry_types::{ErrorKind, Kind};
+
+use crate::node::{Node, image, not_root, options};
+
+fn user(password: &str) -> Credentials {
+    Credentials {
+        username: "user".into(),
+        password: password.into(),
+        ..Default::default()
+    }
+}
+
+fn basic() -> Auth {
+    Auth::Basic {
+        user: "user".into(),
+        password: "secret".into(),
+    }
+}
+
+fn bearer(user: &str, refresh: &str) -> Auth {
+    let password = if user.is_empty() { "" } else { "secret" };
+    Auth::Bearer {
+        user: user.into(),
+        password: password.into(),
+        refresh: refresh.into(),
+    }
+}
+
+/// Pulls `a:v1` from `registry`, which now has it.
+async fn pull(
+    node: &Node,
+    registry: &Registry,
+    credentials: Credentials,
+) -> gantry_images::Result<String> {
+    registry.add("a", "v1", &image("one"));
+    let reference = format!("{}/a:v1", registry.host());
+    node.images
+        .pull(PullRequest {
+            reference,
+            credentials,
+        })
+        .await
+}
+
+/// A node whose `hosts.toml` for `registry` says this.
+fn node_with_hosts(registry: &str, text: &str) -> (Node, tempfile::TempDir) {
+    let certs = tempfile::tempdir().unwrap();
+    let dir = certs.path().join(registry);
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("hosts.toml"), text).unwrap();
+    let mut options = options();
+    options.registry.certs_d = Some(certs.path().to_owned());
+    (Node::with(options), certs)
+}
+
+#[tokio::test]
+async fn every_way_to_say_who_one_is() {
+    if not_root("every_way_to_say_who_one_is") {
+        return;
+    }
+    let encoded = Credentials {
+        auth: "dXNlcjpzZWNyZXQ=".into(),
+        ..Default::default()
+    };
+    let identity = Credentials {
+        identity_token: "refresh-1".into(),
+        ..Default::default()
+    };
+    let ready = Credentials {
+        registry_token: "token-0".into(),
+        ..Default::default()
+    };
+    for (auth, credentials) in [
+        (basic(), user("secret")),
+        (basic(), encoded.clone()),
+        (bearer("user", ""), user("secret")),
+        (bearer("user", ""), encoded),
+        (bearer("", ""), Credentials::default()),
+        (bearer("", "refresh-1"), identity),
+        (bearer("user", ""), ready),
+    ] {
+        let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+        registry.behave(|b| b.auth = auth.clone());
+        let pulled = pull(&node, &registry, credentials.clone()).await;
+        assert!(pulled.is_ok(), "{auth:?}: {}", pulled.unwrap_err());
+        let tokens = registry.count("GET", "/token") + registry.count("POST", "/token");
+        let wanted = usize::from(
+            matches!(auth, Auth::Bearer { .. }) && credentials.registry_token.is_empty(),
+        );
+        assert_eq!(tokens, wanted, "{auth:?}");
+    }
+}
+
+#[tokio::test]
+async fn wrong_credentials_are_denied_and_shown_nowhere() {
+    let node = Node::new();
+    for auth in [basic(), bearer("user", "")] {
+        let registry = Registry::start().await.unwrap();
+        registry.behave(|b| b.auth = auth);
+        let error = pull(&node, &registry, user("hunter2")).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+        assert!(!format!("{error} {error:?}").contains("hunter2"));
+        let error = pull(&node, &registry, Credentials::default())
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+    }
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn credentials_of_another_host_stay_at_home() {
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    registry.behave(|b| b.auth = basic());
+    let elsewhere = Credentials {
+        server_address: "https://other.example".into(),
+        ..user("secret")
+    };
+    let error = pull(&node, &registry, elsewhere).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+    assert!(
+        registry
+            .seen()
+            .iter()
+            .all(|seen| seen.authorization.is_none())
+    );
+}
+
+#[tokio::test]
+async fn a_token_that_expires_in_mid_pull_is_renewed() {
+    if not_root("a_token_that_expires_in_mid_pull_is_renewed") {
+        return;
+    }
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    registry.behave(|b| {
+        b.auth = bearer("user", "");
+        b.cut_after = Some((10, 1));
+    });
+    let made = image("one");
+    registry.add("a", "v1", &made);
+    let expire = async {
+        while registry.count("GET", "/blobs/") == 0 {
+            tokio::task::yield_now().await;
+        }
+        registry.expire_tokens();
+    };
+    let (pulled, ()) = tokio::join!(pull(&node, &registry, user("secret")), expire);
+    assert_eq!(pulled.unwrap(), made.id());
+    assert!(registry.count("GET", "/token") >= 2);
+}
+
+#[tokio::test]
+async fn a_redirect_to_another_host_takes_no_credentials_along() {
+    if not_root("a_redirect_to_another_host_takes_no_credentials_along") {
+        return;
+    }
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    let other = Registry::start().await.unwrap();
+    other.add("a", "v1", &image("one"));
+    registry.behave(|b| {
+        b.auth = basic();
+        b.redirect = Some(other.url());
+    });
+    pull(&node, &registry, user("secret")).await.unwrap();
+    assert_eq!(
+        other.seen().len(),
+        3,
+        "config and two layers came from there"
+    );
+    assert!(other.seen().iter().all(|seen| seen.authorization.is_none()));
+    // Nor does the other host get to ask for them.
+    let node = Node::new();
+    other.behave(|b| b.auth = basic());
+    let error = pull(&node, &registry, user("secret")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+    assert!(other.seen().iter().all(|seen| seen.authorization.is_none()));
+}
+
+#[tokio::test]
+async fn redirects_end() {
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    registry.behave(|b| b.redirect = Some(registry.url()));
+    let error = pull(&node, &registry, Credentials::default())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("redirects"), "{error}");
+    assert!(registry.count("GET", "/blobs/") <= 11 * 3);
+    registry.behave(|b| b.redirect = Some("file:///etc/passwd?".to_owned()));
+    let error = pull(&node, &registry, Credentials::default())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("not followed"), "{error}");
+}
+
+#[tokio::test]
+async fn urls_of_foreign_layers_are_not_asked() {
+    if not_root("urls_of_foreign_layers_are_not_asked") {
+        return;
+    }
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    let sink = Registry::start().await.unwrap();
+    let url = format!("{}/steal", sink.url());
+    let made = image("one").with_manifest(|manifest| {
+        manifest["layers"][0]["urls"] = serde_json::json!([url]);
+        manifest["layers"][0]["mediaType"] =
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip".into();
+    });
+    registry.behave(|b| b.auth = basic());
+    registry.add("a", "f", &made);
+    let reference = format!("{}/a:f", registry.host());
+    let credentials = user("secret");
+    node.images
+        .pull(PullRequest {
+            reference,
+            credentials,
+        })
+        .await
+        .unwrap();
+    assert!(sink.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_realm_without_tls_is_for_registries_without_tls() {
+    if not_root("a_realm_without_tls_is_for_registries_without_tls") {
+        return;
+    }
+    let (tls, sink) = (
+        Registry::start_tls().await.unwrap(),
+        Registry::start().await.unwrap(),
+    );
+    let text = format!("server = \"{}\"\nca = \"ca.pem\"\n", tls.url());
+    let (node, certs) = node_with_hosts(&tls.host(), &text);
+    std::fs::write(
+        certs.path().join(tls.host()).join("ca.pem"),
+        tls.ca().unwrap(),
+    )
+    .unwrap();
+    tls.behave(|b| {
+        b.auth = bearer("user", "");
+        b.realm = Some(format!("{}/token", sink.url()));
+    });
+    let error = pull(&node, &tls, user("secret")).await.unwrap_err();
+    assert!(error.to_string().contains("not https"), "{error}");
+    assert!(sink.seen().is_empty());
+    tls.behave(|b| b.realm = None);
+    pull(&node, &tls, user("secret")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_must_be_trusted_or_waived() {
+    if not_root("a_certificate_must_be_trusted_or_waived") {
+        return;
+    }
+    let tls = Registry::start_tls().await.unwrap();
+    let server = format!("server = \"{}\"\n", tls.url());
+    let (node, _certs) = node_with_hosts(&tls.host(), &server);
+    let error = pull(&node, &tls, Credentials::default()).await.unwrap_err();
+    assert!(
+        error.to_string().starts_with("RegistryUnavailable: "),
+        "{error}"
+    );
+    assert!(error.to_string().contains("certificate"), "{error}");
+    let (node, _certs) = node_with_hosts(&tls.host(), &format!("{server}skip_verify = true\n"));
+    pull(&node, &tls, Credentials::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn token_answers_are_bounded_and_checked() {
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    registry.behave(|b| b.auth = bearer("", ""));
+    for (body, part) in [
+        (vec![b' '; 5 << 20], "more than"),
+        (b"{}".to_vec(), "empty token"),
+        (b"[".to_vec(), "not a token"),
+    ] {
+        registry.behave(|b| b.token_body = Some(body.into()));
+        let error = pull(&node, &registry, Credentials::default())
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_mirror_is_asked_first_and_told_for_whom() {
+    if not_root("a_mirror_is_asked_first_and_told_for_whom") {
+        return;
+    }
+    let (mirror, made) = (Registry::start().await.unwrap(), image("one"));
+    mirror.add("library/a", "v1", &made);
+    let text = format!(
+        "server = \"http://127.0.0.1:1\"\n[host.\"{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n\
+         [host.\"{}\".header]\nx-site = \"here\"\n",
+        mirror.url(),
+        mirror.url()
+    );
+    let (node, _certs) = node_with_hosts("docker.io", &text);
+    let credentials = user("secret");
+    mirror.behave(|b| b.auth = bearer("", ""));
+    let request = PullRequest {
+        reference: "a:v1".into(),
+        credentials,
+    };
+    assert_eq!(node.images.pull(request).await.unwrap(), made.id());
+    let image = node.images.status("a:v1").unwrap().unwrap();
+    assert_eq!(image.tags, ["docker.io/library/a:v1"]);
+    let seen: Vec<_> = mirror
+        .seen()
+        .into_iter()
+        .filter(|seen| seen.path != "/token")
+        .collect();
+    assert!(
+        seen.iter().all(|seen| seen.query == "ns=docker.io"),
+        "{seen:?}"
+    );
+    assert!(seen.iter().all(|seen| {
+        seen.headers
+            .get("x-site")
+            .is_some_and(|site| site == "here")
+    }));
+    let told = |seen: &gantry_testkit::registry::Seen| {
+        seen.authorization
+            .as_deref()
+            .is_some_and(|text| text.starts_with("Basic"))
+    };
+    assert!(
+        !mirror.seen().iter().any(told),
+        "the credentials are the registry's, not the mirror's"
+    );
+}
+
+#[tokio::test]
+async fn a_mirror_that_fails_in_any_way_is_passed_over() {
+    if not_root("a_mirror_that_fails_in_any_way_is_passed_over") {
+        return;
+    }
+    let made = image("one");
+    type Fault = fn(&mut gantry_testkit::registry::Behaviour);
+    let faults: [(&str, Fault); 7] = [
+        ("absent", |_| ()),
+        ("unavailable", |b| b.fail = Some((503, 100, None))),
+        ("denied", |b| {
+            b.auth = Auth::Basic {
+                user: "x".into(),
+                password: "y".into(),
+            }
+        }),
+        ("wrong bytes", |b| b.wrong_bytes = true),
+        ("wrong digest header", |b| b.wrong_digest_header = true),
+        ("cuts", |b| b.cut_after = Some((5, 100))),
+        ("stalls", |b| b.stall_after = Some((5, 100))),
+    ];
+    for (what, fault) in faults {
+        let (mirror, server) = (
+            Registry::start().await.unwrap(),
+            Registry::start().await.unwrap(),
+        );
+        if what != "absent" {
+            mirror.add("a", "v1", &made);
+        }
+        mirror.behave(fault);
+        server.add("a", "v1", &made);
+        let text = format!(
+            "server = \"{}\"\n[host.\"http://127.0.0.1:1\"]\n[host.\"{}\"]\n",
+            server.url(),
+            mirror.url()
+        );
+        let (node, _certs) = node_with_hosts("r.example", &text);
+        let pulled = node.pull("r.example/a:v1").await;
+        assert!(pulled.is_ok(), "{what}: {}", pulled.unwrap_err());
+        assert!(
+            !mirror.seen().is_empty() && !server.seen().is_empty(),
+            "{what}"
+        );
+        node.assert_tidy();
+    }
+}
+
+#[tokio::test]
+async fn a_mirror_that_may_only_pull_is_not_asked_for_tags() {
+    if not_root("a_mirror_that_may_only_pull_is_not_asked_for_tags") {
+        return;
+    }
+    let made = image("one");
+    let (mirror, server) = (
+        Registry::start().await.unwrap(),
+        Registry::start().await.unwrap(),
+    );
+    mirror.add("a", "v1", &made);
+    server.add("a", "v1", &made);
+    let text = format!(
+        "server = \"{}\"\n[host.\"{}\"]\ncapabilities = [\"pull\"]\n",
+        server.url(),
+        mirror.url()
+    );
+    let (node, _certs) = node_with_hosts("r.example", &text);
+    node.pull("r.example/a:v1").await.unwrap();
+    assert_eq!(
+        (
+            mirror.count("GET", "/manifests/"),
+            server.count("GET", "/blobs/")
+        ),
+        (0, 0)
+    );
+}
+
+#[tokio::test]
+async fn a_broken_hosts_file_is_named() {
+    let (node, _certs) = node_with_hosts("r.example", "server = 7");
+    let error = node.pull("r.example/a:v1").await.unwrap_err();
+    assert!(
+        error.to_string().contains("r.example/hosts.toml"),
+        "{error}"
+    );
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+}

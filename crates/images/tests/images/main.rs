@@ -1,0 +1,7 @@
+//! The images of a node, from a registry on the loopback or from files to unpacked layers.
+
+mod archive;
+mod failure;
+mod hosts;
+mod node;
+mod pull;
