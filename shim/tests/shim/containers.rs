@@ -521,3 +521,48 @@ fn events_of_containers_side_by_side_are_all_told() {
     pod.shutdown();
     assert_eq!(pod.leftovers(), Vec::<String>::new());
 }
+
+#[test]
+fn a_container_joins_the_pods_user_namespace() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    if skip("a_container_joins_the_pods_user_namespace") {
+        return;
+    }
+    const BASE: u32 = 200_000;
+    for runtime in runtimes() {
+        let mut pod = crate::common::boot(&runtime, |bootstrap, dir| {
+            // The mapped root must be able to walk to its root file system.
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711)).unwrap();
+            let holder = bootstrap.holder.as_mut().unwrap();
+            let map = v1::IdMapping {
+                container_id: 0,
+                host_id: BASE,
+                length: 65_536,
+            };
+            holder.uid_mappings = vec![map];
+            holder.gid_mappings = vec![map];
+        })
+        .unwrap();
+        let script = "cat /proc/self/uid_map; hostname; exit 8";
+        let mut bundle = pod.bundle("c1", script);
+        let rootfs = Path::new(&bundle.start.bundle).join("rootfs");
+        for sub in ["", "proc", "dev", "sys", "tmp"] {
+            chown(rootfs.join(sub), Some(BASE), Some(BASE)).unwrap();
+        }
+        let map = serde_json::json!([{"containerID": 0, "hostID": BASE, "size": 65_536}]);
+        let linux = &mut bundle.config["linux"];
+        linux["uidMappings"] = map.clone();
+        linux["gidMappings"] = map;
+        let user = serde_json::json!({"type": "user", "path": pod.run_dir().join("ns/user")});
+        linux["namespaces"].as_array_mut().unwrap().push(user);
+        linux["resources"] = serde_json::json!({});
+        pod.start(&bundle).unwrap();
+        assert_eq!(pod.daemon.exited("c1").code, 8);
+        let lines = records(&bundle.log);
+        let words: Vec<_> = lines[0].split_whitespace().skip(2).collect();
+        assert_eq!(words, ["0", "200000", "65536"]);
+        assert_eq!(lines[1], "stdout F pod-host");
+        pod.shutdown();
+        assert_eq!(pod.leftovers(), Vec::<String>::new());
+    }
+}
