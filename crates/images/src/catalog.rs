@@ -188,7 +188,10 @@ mod tests {
         let old = image(1, &[BUSYBOX], &["r.io/a@x"]);
         let (old_id, new_id) = (old.id.clone(), image(2, &[], &[]).id);
         catalog.insert(old);
-        assert_eq!(catalog.insert(image(2, &[BUSYBOX], &[])), [old_id.clone()]);
+        assert_eq!(
+            catalog.insert(image(2, &[BUSYBOX], &[])),
+            std::slice::from_ref(&old_id)
+        );
         assert_eq!(catalog.find(BUSYBOX).unwrap().unwrap().id, new_id);
         assert!(catalog.get(&old_id).unwrap().tags.is_empty());
         assert_eq!(catalog.get(&old_id).unwrap().digests, ["r.io/a@x"]);

@@ -120,7 +120,14 @@ pub async fn install(
 /// Makes sure that a blob is here; whether it had to be fetched.
 pub async fn fetch(inner: &Inner, session: Option<&Session>, blob: &Descriptor) -> Result<bool> {
     let lock = inner.blob_locks.of(&blob.digest);
-    let _lock = lock.lock().await;
+    // Another pull may be fetching it.
+    let _lock = match session {
+        None => lock.lock().await,
+        Some(session) => tokio::select! {
+            held = lock.lock() => held,
+            error = session.cancelled() => return Err(error),
+        },
+    };
     let (content, digest) = (inner.content.clone(), blob.digest.clone());
     let size = blocking("blob look-up", move || content.size(&digest)).await?;
     match (size, session) {
@@ -150,27 +157,16 @@ async fn fetch_and_stage(
     fresh: &mut Vec<Digest>,
 ) -> Result<Vec<(Layer, Option<Staged>)>> {
     let stop = Arc::new(AtomicBool::new(false));
-    let (cancel, cancelled) = tokio::sync::watch::channel(false);
     let alone = inner.snapshotter.whiteouts() == Whiteouts::Overlay;
     let slots = Arc::new(tokio::sync::Semaphore::new(inner.downloads));
     let mut tasks = JoinSet::new();
     for (n, layer) in missing.into_iter().enumerate() {
         let (inner, session) = (inner.clone(), session.clone());
         let (slots, stop) = (slots.clone(), stop.clone());
-        let mut cancelled = cancelled.clone();
         tasks.spawn(async move {
-            let download = async {
-                let slot = slots.acquire_owned().await;
-                let fetched = fetch(&inner, session.as_deref(), &layer.blob).await;
-                drop(slot);
-                fetched
-            };
-            let fetched = tokio::select! {
-                fetched = download => fetched,
-                _ = cancelled.wait_for(|&cancelled| cancelled) => {
-                    Err(Error::Worker { what: "layer download" })
-                }
-            };
+            let slot = slots.acquire_owned().await;
+            let fetched = fetch(&inner, session.as_deref(), &layer.blob).await;
+            drop(slot);
             let fetched = match fetched {
                 Ok(fetched) => fetched.then(|| layer.blob.digest.clone()),
                 Err(error) => return (n, None, Err(error)),
@@ -202,7 +198,9 @@ async fn fetch_and_stage(
                 // a pull that has ended leaves nobody writing.
                 failed = Some(error);
                 stop.store(true, Ordering::Relaxed);
-                cancel.send_replace(true);
+                if let Some(session) = &session {
+                    session.cancel();
+                }
             }
             Err(_) => {}
         }

@@ -22,11 +22,14 @@ const DEPTH_MAX: usize = 4;
 const DOCUMENTS_MAX: usize = 32;
 
 type Outcome = std::result::Result<String, Arc<Error>>;
+/// Normalised reference and credentials.
+type Key = (String, Credentials);
+type Joinable = Shared<BoxFuture<'static, Outcome>>;
 
 /// Pulls under way. Credentials are part of the key: whoever cannot pull an image by himself must
 /// not get it by somebody else's.
 #[derive(Default)]
-pub struct Pulls(Mutex<HashMap<(String, Credentials), Shared<BoxFuture<'static, Outcome>>>>);
+pub struct Pulls(Mutex<HashMap<Key, Joinable>>);
 
 /// One lock per blob under way, so that two pulls do not fetch the same one twice.
 #[derive(Default)]
@@ -68,9 +71,9 @@ pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
 }
 
 /// A task of its own: the callers may come and go.
-async fn run(inner: Arc<Inner>, reference: Reference, key: (String, Credentials)) -> Outcome {
+async fn run(inner: Arc<Inner>, reference: Reference, key: Key) -> Outcome {
     // Taken out of the map also if the pull panics.
-    struct Leave(Arc<Inner>, (String, Credentials));
+    struct Leave(Arc<Inner>, Key);
     impl Drop for Leave {
         fn drop(&mut self) {
             self.0

@@ -140,7 +140,7 @@ impl Images {
         let inner = Inner {
             content: Content::open(&root.join("content"))?,
             pinned: globs(&options.pinned)?,
-            client: registry::Client::new(options.registry.clone())?,
+            client: registry::Client::new(options.registry.clone()),
             leases: Leases::default(),
             pulls: Pulls::default(),
             blob_locks: BlobLocks::default(),
@@ -336,7 +336,7 @@ impl Inner {
         // Of two records with one name the newer is right: the older was not yet rewritten.
         records.sort_by_key(|(_, record)| record.created_at);
         for (key, record) in records {
-            match self.from_record(&record) {
+            match self.image_of(&record) {
                 Ok(image) => changed |= !catalog.insert(image).is_empty(),
                 Err(error) => {
                     tracing::warn!(image = %key, %error, "an image is incomplete: pull it anew");
@@ -355,7 +355,7 @@ impl Inner {
         Ok((catalog, changed))
     }
 
-    fn from_record(&self, record: &ImageRecord) -> Result<Image> {
+    fn image_of(&self, record: &ImageRecord) -> Result<Image> {
         let manifest = record
             .manifest
             .parse()

@@ -423,8 +423,11 @@ impl ImageBuilder {
     }
 }
 
+/// Operating system, architecture and variant (empty: none).
+pub type Platform<'a> = (&'a str, &'a str, &'a str);
+
 /// An index over images with their platforms; `None` leaves the platform out.
-pub fn index(images: &[(&Image, Option<(&str, &str, &str)>)], types: Types) -> Blob {
+pub fn index(images: &[(&Image, Option<Platform<'_>>)], types: Types) -> Blob {
     let entries: Vec<Value> = images
         .iter()
         .map(|(image, platform)| {

@@ -1,5 +1,6 @@
 //! The directories, and the two ways anything leaves them: by rename, then by deletion.
 
+use std::ffi::CStr;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -175,8 +176,13 @@ fn open_directory(dir: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedF
     rustix::fs::openat(dir, name, flags, Mode::empty())
 }
 
-/// Empties `dir`; directories that are too deep end up in `top`, counted by `moved`.
+/// Empties `dir`; directories that are too deep end up in `top`, counted by `moved`. What is gone
+/// already is fine: a purge and the removal of one snapshot may meet in the trash.
 fn clear(top: &OwnedFd, dir: &OwnedFd, depth: u32, moved: &mut u64) -> Result<(), Errno> {
+    let gone = |result| match result {
+        Err(Errno::NOENT) => Ok(()),
+        other => other,
+    };
     for entry in Dir::read_from(dir)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -188,20 +194,35 @@ fn clear(top: &OwnedFd, dir: &OwnedFd, depth: u32, moved: &mut u64) -> Result<()
                 // A directory after all, on a file system that does not say so in readdir.
                 Err(Errno::ISDIR) => {}
                 other => {
-                    other?;
+                    gone(other)?;
                     continue;
                 }
             }
         }
         if depth == DEPTH_MAX {
-            *moved += 1;
-            rustix::fs::renameat(dir, name, top, format!(".deep-{moved}"))?;
+            move_up(dir, name, top, moved)?;
             continue;
         }
-        clear(top, &open_directory(dir, name)?, depth + 1, moved)?;
-        rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)?;
+        let inner = match open_directory(dir, name) {
+            Err(Errno::NOENT) => continue,
+            other => other?,
+        };
+        clear(top, &inner, depth + 1, moved)?;
+        gone(rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR))?;
     }
     Ok(())
+}
+
+fn move_up(dir: &OwnedFd, name: &CStr, top: &OwnedFd, moved: &mut u64) -> Result<(), Errno> {
+    loop {
+        *moved += 1;
+        match rustix::fs::renameat(dir, name, top, format!(".deep-{moved}")) {
+            // Of a removal that was killed.
+            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => {}
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            other => return other,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -214,6 +235,8 @@ mod tests {
         let root = work.path().join("tree");
         fs::create_dir(&root).unwrap();
         std::os::unix::fs::symlink(work.path(), root.join("link")).unwrap();
+        // As if a removal had been killed in the middle.
+        fs::create_dir_all(root.join(".deep-1/x")).unwrap();
         let mut dir = open_directory(CWD, &root).unwrap();
         for _ in 0..5000 {
             rustix::fs::mkdirat(&dir, "d", Mode::from_raw_mode(0o700)).unwrap();

@@ -100,7 +100,7 @@ mod tests {
         };
         let text = "Bearer realm=\"https://auth.io/token\",service=\"r.io\", \
                     scope=\"repository:a/b:pull,push\"";
-        assert_eq!(parse(text), [bearer.clone()]);
+        assert_eq!(parse(text), std::slice::from_ref(&bearer));
         assert_eq!(
             parse(&format!("Basic realm=\"a \\\"b\\\", c\", {text}")),
             [Challenge::Basic, bearer]

@@ -89,6 +89,15 @@ impl Endpoint {
         }
     }
 
+    /// Tries of a request: only the last host, behind which there is no other, gets several.
+    pub fn attempts(&self, settings: &Settings) -> u32 {
+        if self.host.is_server {
+            settings.attempts.max(1)
+        } else {
+            1
+        }
+    }
+
     /// Sends until there is a success, a final answer or no try left.
     pub async fn send(
         &self,
@@ -109,7 +118,7 @@ impl Endpoint {
                 Err(Failure::Unavailable(reason)) => (reason, None),
                 Err(other) => return Err(other),
             };
-            if attempt >= settings.attempts {
+            if attempt >= self.attempts(settings) {
                 return Err(Failure::Unavailable(reason));
             }
             tracing::debug!(host = %self.name, %reason, attempt, "registry request is tried again");

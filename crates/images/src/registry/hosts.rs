@@ -27,6 +27,8 @@ pub struct Host {
     pub pull: bool,
     /// It stands in for another registry, which it is told as `?ns=`.
     pub is_mirror: bool,
+    /// It is the registry itself, by default or as `server` names it.
+    pub is_server: bool,
     pub tls: Tls,
     pub header: Vec<(String, String)>,
     pub dial_timeout: Option<Duration>,
@@ -192,6 +194,7 @@ fn parse(text: &str, dir: &Path, registry: &str) -> std::result::Result<Vec<Host
         }
     };
     server.is_mirror = url_host(&server.base) != canonical(registry);
+    server.is_server = true;
     hosts.push(server);
     Ok(hosts)
 }
@@ -236,6 +239,7 @@ fn host(url: &str, raw: RawHost, dir: &Path) -> std::result::Result<Host, String
         resolve: can("resolve"),
         pull: can("pull"),
         is_mirror: false,
+        is_server: false,
         tls: Tls {
             ca: raw.ca.into_vec().into_iter().map(at).collect(),
             client: clients(raw.client, dir).map_err(|e| format!("host {url:?}: {e}"))?,
@@ -305,6 +309,7 @@ fn default_host(registry: &str) -> Result<Host> {
         resolve: true,
         pull: true,
         is_mirror: false,
+        is_server: true,
         tls: Tls::default(),
         header: Vec::new(),
         dial_timeout: None,

@@ -7,6 +7,7 @@ mod session;
 mod tls;
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::Result;
@@ -26,7 +27,8 @@ pub struct Settings {
     pub header_timeout: Duration,
     /// Time in which at least one byte of a body must come.
     pub progress_timeout: Duration,
-    /// Tries of one request to one host that answers 408, 429, 5xx or not at all.
+    /// Tries of one request to the registry if it answers 408, 429, 5xx or not at all. Mirrors get
+    /// one: there is another host behind them.
     pub attempts: u32,
     /// Wait before the second try; doubled for each further one. `Retry-After` goes before it.
     pub retry_wait: Duration,
@@ -51,6 +53,13 @@ impl Default for Settings {
 /// Makes sessions; keeps the connections of hosts without a configuration of their own.
 pub struct Client {
     settings: Settings,
+    /// Made for the first pull: the system's certificates take memory that an idle node need not
+    /// spend.
+    shared: OnceLock<Shared>,
+}
+
+#[derive(Clone)]
+struct Shared {
     /// With the system's trust and proxy.
     plain: reqwest::Client,
     /// For loopback hosts, which no proxy can reach.
@@ -58,17 +67,28 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(settings: Settings) -> Result<Self> {
-        let none = hosts::Tls::default();
-        Ok(Self {
-            plain: tls::client(&none, settings.dial_timeout, true)?,
-            loopback: tls::client(&none, settings.dial_timeout, false)?,
+    pub fn new(settings: Settings) -> Self {
+        Self {
             settings,
-        })
+            shared: OnceLock::new(),
+        }
+    }
+
+    fn shared(&self) -> Result<Shared> {
+        if let Some(shared) = self.shared.get() {
+            return Ok(shared.clone());
+        }
+        let config = tls::config(&hosts::Tls::default())?;
+        let dial = self.settings.dial_timeout;
+        let made = Shared {
+            plain: tls::client(config.clone(), dial, true)?,
+            loopback: tls::client(config, dial, false)?,
+        };
+        Ok(self.shared.get_or_init(|| made).clone())
     }
 
     /// What one pull needs: the hosts of the reference as configured now, and the credentials.
-    /// Reads files: blocks for a moment.
+    /// Reads files: blocks.
     pub fn session(&self, reference: &Reference, credentials: &Credentials) -> Result<Session> {
         let hosts = hosts::hosts(self.settings.certs_d.as_deref(), reference.host())?;
         let mut endpoints = Vec::with_capacity(hosts.len());
@@ -77,14 +97,16 @@ impl Client {
             let local = hosts::is_loopback(&name);
             let client = if host.tls != hosts::Tls::default() || host.dial_timeout.is_some() {
                 let dial = host.dial_timeout.unwrap_or(self.settings.dial_timeout);
-                tls::client(&host.tls, dial, !local)?
+                tls::client(tls::config(&host.tls)?, dial, !local)?
             } else if local {
-                self.loopback.clone()
+                self.shared()?.loopback
             } else {
-                self.plain.clone()
+                self.shared()?.plain
             };
-            let own = !credentials.is_empty() && credentials.are_for(&name, reference.host());
-            let credentials = own.then(|| credentials.clone());
+            // The configured server is the registry, whatever it is called; a mirror is not.
+            let own = credentials.are_for(&name, reference.host())
+                || host.is_server && credentials.are_for(reference.host(), reference.host());
+            let credentials = (own && !credentials.is_empty()).then(|| credentials.clone());
             endpoints.push(exchange::Endpoint::new(host, name, client, credentials));
         }
         Ok(Session::new(

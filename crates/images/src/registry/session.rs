@@ -4,6 +4,7 @@ use bytes::Bytes;
 use gantry_types::Digest;
 use reqwest::header::{CONTENT_RANGE, CONTENT_TYPE, HeaderMap};
 use reqwest::{Method, Response, StatusCode};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::Settings;
@@ -23,6 +24,8 @@ pub struct Session {
     reference: Reference,
     endpoints: Vec<Endpoint>,
     settings: Settings,
+    /// The pull has failed: downloads end.
+    cancel: watch::Sender<bool>,
 }
 
 /// A manifest or index as served.
@@ -56,6 +59,26 @@ impl Session {
             reference,
             endpoints,
             settings,
+            cancel: watch::Sender::new(false),
+        }
+    }
+
+    /// Ends downloads under way. They are to be waited for, not dropped: a writing thread would
+    /// outlive them.
+    pub fn cancel(&self) {
+        self.cancel.send_replace(true);
+    }
+
+    /// Returns once [`Session::cancel`] was called.
+    pub async fn cancelled(&self) -> Error {
+        // The sender lives as long as `self`.
+        let _ = self
+            .cancel
+            .subscribe()
+            .wait_for(|&cancelled| cancelled)
+            .await;
+        Error::Worker {
+            what: "layer download",
         }
     }
 
@@ -197,10 +220,11 @@ impl Session {
                 accept: None,
                 from,
             };
-            let response = match endpoint
-                .send(&self.reference, &request, &self.settings)
-                .await
-            {
+            let answer = tokio::select! {
+                answer = endpoint.send(&self.reference, &request, &self.settings) => answer,
+                error = self.cancelled() => Err(Failure::Local(error)),
+            };
+            let response = match answer {
                 // Nothing is left to send: the last try ended with the last byte.
                 Err(Failure::Answer { status: 416, .. }) if from > 0 && from == size => {
                     return writer.finish(digest, size).await;
@@ -219,7 +243,7 @@ impl Session {
                     } else {
                         failed + 1
                     };
-                    if failed >= self.settings.attempts {
+                    if failed >= endpoint.attempts(&self.settings) {
                         return Err(Failure::Unavailable(reason));
                     }
                     tracing::debug!(%digest, %reason, at = writer.written, "download is resumed");
@@ -240,7 +264,11 @@ impl Session {
         let late = |reason: String| Failure::Unavailable(format!("{}: {reason}", endpoint.name));
         let limit = self.settings.progress_timeout;
         let ended = loop {
-            match tokio::time::timeout(limit, response.chunk()).await {
+            let chunk = tokio::select! {
+                chunk = tokio::time::timeout(limit, response.chunk()) => chunk,
+                error = self.cancelled() => break Err(Failure::Local(error)),
+            };
+            match chunk {
                 Ok(Ok(Some(chunk))) => {
                     if writer.written + chunk.len() as u64 > size {
                         break Err(Failure::Broken(format!(

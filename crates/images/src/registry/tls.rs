@@ -13,13 +13,13 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 use super::hosts::Tls;
 use crate::{Error, Result};
 
-/// A client that follows no redirect by itself: what may be sent where is decided here.
-pub fn client(tls: &Tls, dial_timeout: Duration, proxy: bool) -> Result<reqwest::Client> {
+/// A client that follows no redirect by itself: what may be sent where is the exchange's to decide.
+pub fn client(tls: ClientConfig, dial_timeout: Duration, proxy: bool) -> Result<reqwest::Client> {
     let builder = reqwest::Client::builder()
         .user_agent(concat!("gantry/", env!("CARGO_PKG_VERSION")))
         .redirect(reqwest::redirect::Policy::none())
         .connect_timeout(dial_timeout)
-        .tls_backend_preconfigured(config(tls)?);
+        .tls_backend_preconfigured(tls);
     let builder = if proxy { builder } else { builder.no_proxy() };
     builder.build().map_err(|e| Error::Protocol {
         host: "HTTP client".to_owned(),
@@ -27,7 +27,8 @@ pub fn client(tls: &Tls, dial_timeout: Duration, proxy: bool) -> Result<reqwest:
     })
 }
 
-fn config(tls: &Tls) -> Result<ClientConfig> {
+/// Reads the certificates: blocks.
+pub fn config(tls: &Tls) -> Result<ClientConfig> {
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()

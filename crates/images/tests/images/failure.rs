@@ -368,11 +368,11 @@ async fn a_full_disk_fails_the_pull_and_gets_its_space_back() {
     if not_root("a_full_disk_fails_the_pull_and_gets_its_space_back") {
         return;
     }
-    let disk = SmallDisk::new(16 << 20);
+    let disk = SmallDisk::new(8 << 20);
     let (images, snapshotter) = open(disk.dir.path(), options()).unwrap();
     let registry = Registry::start().await.unwrap();
     // Small on the wire, too large unpacked; and too large on the wire.
-    let zeros = vec![0; 40 << 20];
+    let zeros = vec![0; 12 << 20];
     let unpacked = ImageBuilder::new()
         .layer(Layer::new().file("small", b"x"), Compression::Gzip)
         .layer(Layer::new().file("zeros", &zeros), Compression::Gzip)

@@ -334,6 +334,36 @@ async fn a_mirror_is_asked_first_and_told_for_whom() {
 }
 
 #[tokio::test]
+async fn the_configured_server_gets_the_credentials_of_the_registry() {
+    if not_root("the_configured_server_gets_the_credentials_of_the_registry") {
+        return;
+    }
+    let server = Registry::start().await.unwrap();
+    server.add("a", "v1", &image("one"));
+    server.behave(|b| b.auth = basic());
+    let (node, _certs) = node_with_hosts("r.example", &format!("server = \"{}\"", server.url()));
+    let pull = |server_address: &str| {
+        let credentials = Credentials {
+            server_address: server_address.into(),
+            ..user("secret")
+        };
+        node.images.pull(PullRequest {
+            reference: "r.example/a:v1".into(),
+            credentials,
+        })
+    };
+    assert!(pull("other.example").await.is_err());
+    assert!(
+        server
+            .seen()
+            .iter()
+            .all(|seen| seen.authorization.is_none())
+    );
+    pull("").await.unwrap();
+    pull("https://r.example").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_mirror_that_fails_in_any_way_is_passed_over() {
     if not_root("a_mirror_that_fails_in_any_way_is_passed_over") {
         return;

@@ -27,7 +27,7 @@ async fn an_image_is_pulled_unpacked_listed_and_removed() {
         (1, &id, &vec![name.clone()])
     );
     let by_digest = format!("{}/lib/app@{}", registry.host(), made.manifest.digest);
-    assert_eq!(listed.digests, [by_digest.clone()]);
+    assert_eq!(listed.digests, std::slice::from_ref(&by_digest));
     assert_eq!(
         (listed.config.cmd.as_slice(), listed.config.env.as_slice()),
         (
@@ -107,7 +107,7 @@ async fn every_family_of_types_and_the_platform_of_this_node() {
             let named = format!("{}/a@{}", registry.host(), index.digest);
             assert_eq!(
                 image.digests,
-                [named.clone()],
+                std::slice::from_ref(&named),
                 "named by what the tag points to"
             );
             assert_eq!(node.pull(&named).await.unwrap(), id);
