@@ -2,4 +2,15 @@
 //!
 //! One program, so that the tests share what is built once and cargo links once.
 
+mod containers;
+mod exec;
+mod lists;
+mod lost;
+mod pods;
+mod refused;
+mod repeated;
+mod resources;
+mod restart;
+mod stop;
+mod store;
 mod walk;

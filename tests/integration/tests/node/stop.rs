@@ -1,0 +1,264 @@
+//! How containers end, and what is said of it.
+
+use std::time::{Duration, Instant};
+
+use gantry_integration::{eventually, on_plain_node, refused, script_config, sleeper};
+use gantry_testkit::cri::resources;
+use gantry_testkit::cri::v1::{self, ContainerState};
+use gantry_testkit::image::{Compression, ImageBuilder};
+use serde_json::json;
+use tonic::Code;
+
+/// Says when it has its traps, and then minds nothing but what `trap` does.
+fn trapping(name: &str, image: &str, trap: &str) -> v1::ContainerConfig {
+    script_config(
+        name,
+        image,
+        &format!("{trap}; echo set; while :; do sleep 0.1; done"),
+    )
+}
+
+#[test]
+fn exit_codes_times_and_reasons() {
+    on_plain_node("exit_codes_times_and_reasons", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("codes").await;
+        for (name, script, code, reason) in [
+            ("good", "exit 0", 0, "Completed"),
+            ("bad", "exit 3", 3, "Error"),
+            ("signal", "kill -TERM $$; sleep 5", 143, "Error"),
+        ] {
+            let id = node.run_script(&pod, name, &image, script).await;
+            let status = node.exited(&id).await;
+            assert_eq!(
+                (status.exit_code, status.reason.as_str()),
+                (code, reason),
+                "{name}"
+            );
+            assert!(status.created_at > 0 && status.created_at <= status.started_at);
+            assert!(status.started_at <= status.finished_at, "{status:?}");
+        }
+    });
+}
+
+#[test]
+fn out_of_memory_is_told() {
+    on_plain_node("out_of_memory_is_told", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("oom").await;
+        let mut config = script_config("eater", &image, "tail /dev/zero");
+        resources(&mut config).memory_limit_in_bytes = 16 << 20;
+        let id = node.run(&pod, &config).await;
+        let status = node.exited(&id).await;
+        assert_eq!(
+            (status.exit_code, status.reason.as_str()),
+            (137, "OOMKilled"),
+            "{status:?}"
+        );
+        // A plain kill is none.
+        let id = node.run(&pod, &sleeper("killed", &image)).await;
+        node.client.stop(&id, 0).await.unwrap();
+        let status = node.exited(&id).await;
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
+    });
+}
+
+#[test]
+fn the_stop_signal_comes_first_and_sigkill_after_the_grace() {
+    on_plain_node(
+        "the_stop_signal_comes_first_and_sigkill_after_the_grace",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.host_pod("grace").await;
+            let polite = node
+                .run(&pod, &trapping("polite", &image, "trap 'exit 9' TERM"))
+                .await;
+            node.has_written(&pod, "polite", "set").await;
+            node.client.stop(&polite, 30).await.unwrap();
+            assert_eq!(node.status(&polite).await.exit_code, 9);
+
+            let deaf = node
+                .run(&pod, &trapping("deaf", &image, "trap '' TERM"))
+                .await;
+            node.has_written(&pod, "deaf", "set").await;
+            let began = Instant::now();
+            node.client.stop(&deaf, 1).await.unwrap();
+            assert!(began.elapsed() >= Duration::from_secs(1));
+            let status = node.status(&deaf).await;
+            assert_eq!(
+                status.state(),
+                ContainerState::ContainerExited,
+                "the answer comes after the end"
+            );
+            assert_eq!(status.exit_code, 137);
+
+            // The image chooses the signal.
+            let busybox = gantry_integration::busybox_image();
+            let custom = ImageBuilder::new()
+                .tar(busybox.layers[0].data.clone(), Compression::Plain)
+                .config("StopSignal", json!("SIGUSR1"))
+                .build();
+            let custom = node.pull("usr1", &custom).await;
+            let id = node
+                .run(
+                    &pod,
+                    &trapping("custom", &custom, "trap 'exit 5' USR1; trap '' TERM"),
+                )
+                .await;
+            node.has_written(&pod, "custom", "set").await;
+            node.client.stop(&id, 30).await.unwrap();
+            assert_eq!(node.status(&id).await.exit_code, 5);
+        },
+    );
+}
+
+#[test]
+fn a_second_stop_may_shorten_the_first() {
+    on_plain_node("a_second_stop_may_shorten_the_first", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("shorter").await;
+        let id = node
+            .run(&pod, &trapping("deaf", &image, "trap '' TERM"))
+            .await;
+        node.has_written(&pod, "deaf", "set").await;
+        let (client, key) = (node.client.clone(), id.clone());
+        let began = Instant::now();
+        let first = tokio::spawn(async move { client.stop(&key, 600).await });
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(node.is_running(&id).await);
+        node.client.stop(&id, 0).await.unwrap();
+        first.await.unwrap().unwrap();
+        assert!(began.elapsed() < Duration::from_secs(60));
+        assert_eq!(node.status(&id).await.exit_code, 137);
+    });
+}
+
+/// Whoever gives a stop up has sent the signal, and does not get the container killed.
+#[test]
+fn a_stop_that_is_given_up_does_not_kill() {
+    on_plain_node("a_stop_that_is_given_up_does_not_kill", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("given-up").await;
+        let id = node
+            .run(&pod, &trapping("deaf", &image, "trap 'echo asked' TERM"))
+            .await;
+        node.has_written(&pod, "deaf", "set").await;
+        let (client, key) = (node.client.clone(), id.clone());
+        let caller = tokio::spawn(async move { client.stop(&key, 2).await });
+        node.has_written(&pod, "deaf", "asked").await;
+        caller.abort();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(node.is_running(&id).await);
+        // The next one works as if there had been none.
+        node.client.stop(&id, 0).await.unwrap();
+        assert_eq!(node.status(&id).await.exit_code, 137);
+    });
+}
+
+#[test]
+fn what_is_so_already_is_success_and_what_is_unknown_is_not_found() {
+    on_plain_node(
+        "what_is_so_already_is_success_and_what_is_unknown_is_not_found",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.host_pod("again").await;
+            let id = node.run(&pod, &sleeper("c", &image)).await;
+            node.client.start(&id).await.unwrap();
+            // Nothing has run that could be stopped.
+            let created = node.create(&pod, &sleeper("created", &image)).await;
+            node.client.stop(&created, 5).await.unwrap();
+            for _ in 0..2 {
+                node.client.stop(&id, 0).await.unwrap();
+            }
+            refused(
+                node.client.start(&id).await,
+                Code::FailedPrecondition,
+                "exited",
+            );
+            for _ in 0..2 {
+                node.client.remove(&id).await.unwrap();
+            }
+            for _ in 0..2 {
+                node.client.stop_pod(&pod.id).await.unwrap();
+            }
+            refused(
+                node.client
+                    .create(&pod.id, &sleeper("late", &image), &pod.config)
+                    .await,
+                Code::FailedPrecondition,
+                "not ready",
+            );
+            refused(
+                node.client.start(&created).await,
+                Code::FailedPrecondition,
+                "not ready",
+            );
+            for _ in 0..2 {
+                node.client.remove_pod(&pod.id).await.unwrap();
+            }
+            let unknown = "f00dfeed".repeat(8);
+            node.client.stop(&unknown, 0).await.unwrap();
+            node.client.remove(&unknown).await.unwrap();
+            node.client.stop_pod(&unknown).await.unwrap();
+            node.client.remove_pod(&unknown).await.unwrap();
+            refused(node.client.status(&unknown).await, Code::NotFound, &unknown);
+            refused(
+                node.client.pod_status(&unknown).await,
+                Code::NotFound,
+                &unknown,
+            );
+            refused(node.client.start(&unknown).await, Code::NotFound, &unknown);
+            refused(
+                node.client
+                    .create(&unknown, &sleeper("c", &image), &pod.config)
+                    .await,
+                Code::NotFound,
+                &unknown,
+            );
+            refused(
+                node.client.update(&unknown, Default::default()).await,
+                Code::NotFound,
+                &unknown,
+            );
+            refused(
+                node.client.reopen_log(&unknown).await,
+                Code::NotFound,
+                &unknown,
+            );
+        },
+    );
+}
+
+/// Two clients that remove, and one that stops, at once: all succeed.
+#[test]
+fn removals_at_the_same_time_all_succeed() {
+    on_plain_node("removals_at_the_same_time_all_succeed", async |node| {
+        let image = node.busybox().await;
+        let pod = node.pod("crowd").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        let mut calls = tokio::task::JoinSet::new();
+        for n in 0..8 {
+            let (client, id, pod) = (node.client.clone(), id.clone(), pod.id.clone());
+            calls.spawn(async move {
+                match n % 4 {
+                    0 => client.stop(&id, 0).await,
+                    1 => client.remove(&id).await,
+                    2 => client.stop_pod(&pod).await,
+                    _ => client.remove_pod(&pod).await,
+                }
+            });
+        }
+        while let Some(answer) = calls.join_next().await {
+            answer.unwrap().unwrap();
+        }
+        eventually("nothing is listed", async || {
+            node.client
+                .list_pods(None)
+                .await
+                .unwrap()
+                .is_empty()
+                .then_some(())
+        })
+        .await;
+    });
+}

@@ -1,0 +1,127 @@
+//! Records outlive the daemon, and the pods outlive the records.
+
+use std::path::{Path, PathBuf};
+
+use gantry_integration::{on_plain_node, sleeper};
+use gantry_testkit::cri::v1::ContainerState;
+
+/// Overwrites the middle of every file below `dir` that is not empty.
+fn damage(dir: &Path) -> usize {
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            damaged += damage(&path);
+        } else {
+            let length = std::fs::metadata(&path).unwrap().len();
+            if length > 0 {
+                std::fs::write(&path, vec![0x5a; usize::try_from(length).unwrap()]).unwrap();
+                damaged += 1;
+            }
+        }
+    }
+    damaged
+}
+
+fn set_aside(store: &Path) -> Vec<PathBuf> {
+    let name = store.file_name().unwrap().to_string_lossy().into_owned();
+    let names = gantry_testkit::leakcheck::names(store.parent().unwrap());
+    let damaged = names
+        .into_iter()
+        .filter(|other| other.starts_with(&format!("{name}.")));
+    damaged.map(|name| store.with_file_name(name)).collect()
+}
+
+#[test]
+fn a_damaged_store_is_set_aside_and_rebuilt_with_pods_running() {
+    on_plain_node(
+        "a_damaged_store_is_set_aside_and_rebuilt_with_pods_running",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.pod("survivor").await;
+            let id = node.run(&pod, &sleeper("running", &image)).await;
+            let created = node.create(&pod, &sleeper("created", &image)).await;
+            let exited = node.run_script(&pod, "exited", &image, "exit 4").await;
+            node.exited(&exited).await;
+            let stopped = node.host_pod("stopped").await;
+            node.client.stop_pod(&stopped.id).await.unwrap();
+            let before = (
+                node.client.pod_status(&pod.id).await.unwrap(),
+                node.status(&id).await,
+                node.status(&exited).await,
+                node.client.list_images().await.unwrap(),
+            );
+            node.daemon.terminate().unwrap();
+            let store = node.daemon.places().root.join("store");
+            assert!(damage(&store) > 0);
+            node.start_again(&[]).await;
+            assert_eq!(set_aside(&store).len(), 1, "kept for whoever wants to look");
+            assert!(node.daemon.log().contains("set aside"), "and said aloud");
+            let after = (
+                node.client.pod_status(&pod.id).await.unwrap(),
+                node.status(&id).await,
+                node.status(&exited).await,
+                node.client.list_images().await.unwrap(),
+            );
+            assert_eq!(before, after);
+            assert!(!node.pod_is_ready(&stopped.id).await);
+            assert_eq!(
+                node.status(&created).await.state(),
+                ContainerState::ContainerCreated
+            );
+            assert_eq!(node.sh(&id, "echo alive").await, "alive");
+            node.client.start(&created).await.unwrap();
+            // The same requests still find what they made.
+            assert_eq!(node.client.run_pod(&pod.config).await.unwrap(), pod.id);
+            assert_eq!(node.create(&pod, &sleeper("running", &image)).await, id);
+            // Images are usable, not just listed.
+            let other = node.pod("after").await;
+            node.run(&other, &sleeper("c", &image)).await;
+        },
+    );
+}
+
+#[test]
+fn images_and_stopped_pods_are_found_after_a_restart() {
+    on_plain_node(
+        "images_and_stopped_pods_are_found_after_a_restart",
+        async |node| {
+            let image = node.busybox().await;
+            let images = node.client.list_images().await.unwrap();
+            assert_eq!(images.len(), 1);
+            let pod = node.pod("stopped").await;
+            let id = node.run_script(&pod, "c", &image, "exit 5").await;
+            node.exited(&id).await;
+            node.client.stop_pod(&pod.id).await.unwrap();
+            node.kill_and_start_again().await;
+            assert_eq!(node.client.list_images().await.unwrap(), images);
+            assert!(!node.pod_is_ready(&pod.id).await);
+            assert_eq!(node.status(&id).await.exit_code, 5);
+            node.client.remove_pod(&pod.id).await.unwrap();
+            node.client.remove_image(&image).await.unwrap();
+            node.kill_and_start_again().await;
+            assert!(node.client.list_images().await.unwrap().is_empty());
+            assert!(node.client.list_pods(None).await.unwrap().is_empty());
+        },
+    );
+}
+
+/// Two daemons over one root: the second one does not start, and the first one does not notice.
+#[test]
+fn a_second_daemon_is_refused() {
+    on_plain_node("a_second_daemon_is_refused", async |node| {
+        let pod = node.pod("first").await;
+        let output = std::process::Command::new(gantry_testkit::daemon::gantryd().unwrap())
+            .arg("--config")
+            .arg(node.daemon.path("config.toml"))
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            said.contains(&*node.daemon.socket().to_string_lossy()),
+            "{said}"
+        );
+        assert!(node.pod_is_ready(&pod.id).await);
+    });
+}
