@@ -26,6 +26,9 @@ use crate::{handlers, socket};
 /// What the kubelet receives at most; what we accept is a config with its annotations.
 const MESSAGE_LIMIT: usize = 16 << 20;
 
+/// ExecSync answers up to 16 MiB of each stream, in one message.
+const ANSWER_LIMIT: usize = 2 * MESSAGE_LIMIT + 1024;
+
 /// How long calls under way may take to end after SIGTERM. Pods are not touched.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -77,7 +80,7 @@ pub async fn run(config: Config) -> Result<()> {
         .add_service(
             RuntimeServiceServer::new(gantry_cri::Runtime::new(supervisor.clone(), conditions))
                 .max_decoding_message_size(MESSAGE_LIMIT)
-                .max_encoding_message_size(MESSAGE_LIMIT),
+                .max_encoding_message_size(ANSWER_LIMIT),
         )
         .add_service(
             ImageServiceServer::new(gantry_cri::Images::new(supervisor.clone()))
