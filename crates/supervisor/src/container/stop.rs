@@ -222,6 +222,8 @@ impl Driver {
             ContainerState::Created => 0,
             ContainerState::Creating | ContainerState::Exited { .. } => return,
         };
+        // We note a start when its answer arrives; a short command has ended by then.
+        let started_at = started_at.min(exit.finished_at);
         let state = ContainerState::Exited { exit, started_at };
         self.record_container(id, &state, |driver, id| driver.unmount_root(id));
     }
