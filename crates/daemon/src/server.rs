@@ -113,6 +113,8 @@ pub async fn run(config: Config) -> Result<()> {
         "recovered"
     );
     gate.open();
+    // What a killed daemon left of removals and pulls. Nobody waits for it.
+    tokio::spawn(async move { supervisor.collect_layers().await });
     tracing::info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::warn!(%error, "systemd was not told that we are ready");

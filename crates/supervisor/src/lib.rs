@@ -19,6 +19,7 @@ mod undo;
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gantry_cri_api::v1 as cri;
@@ -50,6 +51,40 @@ pub(crate) struct Context {
     pub snapshotter: Arc<dyn Snapshotter>,
     pub network: Arc<dyn Network>,
     pub registry: Registry,
+    /// Recovery met records that it could not read.
+    pub unreadable: AtomicBool,
+}
+
+impl Context {
+    /// Layers that containers stand on, whatever became of their image. A record that cannot be
+    /// read may name any of them, so then it is all.
+    fn layers_in_use(&self) -> HashSet<Digest> {
+        if self.unreadable.load(Ordering::Acquire) {
+            let layers = self.snapshotter.layers().unwrap_or_default();
+            return layers.into_iter().map(|(chain, _)| chain).collect();
+        }
+        let pods = self.registry.pods();
+        let containers = pods.iter().flat_map(|pod| &pod.containers);
+        let layers = containers.flat_map(|container| &container.facts.record.layers);
+        layers.filter_map(|layer| layer.parse().ok()).collect()
+    }
+
+    /// A container of `image` has gone: when the image was removed before it, its layers go now.
+    pub(crate) fn layers_freed(self: &Arc<Self>, image: &str) {
+        if matches!(self.images.status(image), Ok(Some(_))) {
+            return;
+        }
+        let ctx = Arc::clone(self);
+        tokio::spawn(async move { ctx.collect_layers().await });
+    }
+
+    async fn collect_layers(self: &Arc<Self>) {
+        let ctx = Arc::clone(self);
+        let in_use = Arc::new(move || ctx.layers_in_use());
+        if let Err(error) = self.images.collect(in_use).await {
+            tracing::error!(%error, "layers that nothing refers to are not collected");
+        }
+    }
 }
 
 /// All pods of the node.
@@ -82,6 +117,7 @@ impl Supervisor {
             .map_err(|error| Error::io("make run directories", &settings.state, &error))?;
         let records = Records { store, dirs };
         let registry = Registry::default();
+        let unreadable = AtomicBool::new(false);
         let ctx = Context {
             settings,
             records,
@@ -89,6 +125,7 @@ impl Supervisor {
             snapshotter,
             network,
             registry,
+            unreadable,
         };
         Ok(Self { ctx: Arc::new(ctx) })
     }
@@ -117,10 +154,12 @@ impl Supervisor {
 
     /// Layers that containers stand on, whatever became of their image.
     pub fn layers_in_use(&self) -> HashSet<Digest> {
-        let pods = self.ctx.registry.pods();
-        let containers = pods.iter().flat_map(|pod| &pod.containers);
-        let layers = containers.flat_map(|container| &container.facts.record.layers);
-        layers.filter_map(|layer| layer.parse().ok()).collect()
+        self.ctx.layers_in_use()
+    }
+
+    /// Takes away layers and blobs that nothing refers to.
+    pub async fn collect_layers(&self) {
+        self.ctx.collect_layers().await;
     }
 
     /// The container's OCI spec as JSON, for verbose answers.

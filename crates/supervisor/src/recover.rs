@@ -177,6 +177,8 @@ pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary
         load(&ctx_)
     })
     .await?;
+    ctx.unreadable
+        .store(summary.unreadable > 0, std::sync::atomic::Ordering::Release);
     summary.pods = recorded.len();
     summary.containers = recorded.iter().map(|pod| pod.containers.len()).sum();
 
@@ -270,7 +272,10 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
                     .or_default()
                     .push((Arc::new(facts), status));
             }
-            Err(error) => tracing::error!(key, %error, "container record kept and left alone"),
+            Err(error) => {
+                summary.unreadable += 1;
+                tracing::error!(key, %error, "container record kept and left alone");
+            }
         }
     }
     let mut recorded = Vec::new();
@@ -283,10 +288,14 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
                 status,
                 containers,
             }),
-            Err(error) => tracing::error!(key, %error, "pod record kept and left alone"),
+            Err(error) => {
+                summary.unreadable += 1;
+                tracing::error!(key, %error, "pod record kept and left alone");
+            }
         }
     }
     for (pod, containers) in by_pod {
+        summary.unreadable += containers.len();
         tracing::error!(
             pod,
             containers = containers.len(),

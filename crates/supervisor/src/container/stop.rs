@@ -278,8 +278,10 @@ impl Driver {
                 answer(container.remove.take().unwrap_or_default(), &outcome);
                 match outcome {
                     Ok(()) => {
+                        let image = container.facts.record.image_id.clone();
                         driver.drop_container(&id);
                         driver.publish();
+                        driver.ctx.layers_freed(&image);
                     }
                     Err(error) => driver.give_up_removal(&error),
                 }
