@@ -215,10 +215,48 @@ find_go() {
     return 1
 }
 
-# Builds the busybox image of the examples and tests as an archive at $1.
-build_busybox_image() {
-    (cd "$REPO" && cargo run --quiet --locked -p gantry-testkit --bin testkit-image -- \
-        docker.io/library/busybox:gantry "$1") >/dev/null
+# This machine's architecture as images name it.
+image_architecture() {
+    case $(uname -m) in
+        x86_64) echo amd64 ;;
+        aarch64) echo arm64 ;;
+        *) uname -m ;;
+    esac
+}
+
+# Writes the directory $1 as an image of one layer named $2, with the entry point $4 (a JSON
+# list), to the archive $3, in the format of `docker save`.
+make_image() {
+    local root=$1 name=$2 out=$3 entrypoint=$4 dir diff
+    dir=$(mktemp -d)
+    tar -C "$root" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf "$dir/layer.tar" .
+    diff=$(sha256sum "$dir/layer.tar" | cut -d' ' -f1)
+    cat >"$dir/config.json" <<END
+{"architecture": "$(image_architecture)", "os": "linux",
+ "config": {"Entrypoint": $entrypoint, "Env": ["PATH=/bin"]},
+ "rootfs": {"type": "layers", "diff_ids": ["sha256:$diff"]}}
+END
+    printf '[{"Config": "config.json", "RepoTags": ["%s"], "Layers": ["layer.tar"]}]\n' "$name" >"$dir/manifest.json"
+    tar -C "$dir" -cf "$out" manifest.json config.json layer.tar
+    rm -r "$dir"
+}
+
+# Writes an image named $1 to the archive $2: this machine's static busybox with all its applets.
+make_busybox_image() {
+    local name=$1 out=$2 busybox root applet
+    busybox=$(static_busybox)
+    root=$(mktemp -d)
+    chmod 755 "$root"
+    mkdir "$root/bin" "$root/etc" "$root/root" "$root/tmp"
+    chmod 1777 "$root/tmp"
+    cp "$busybox" "$root/bin/busybox"
+    for applet in $("$busybox" --list); do
+        [ "$applet" = busybox ] || ln "$root/bin/busybox" "$root/bin/$applet"
+    done
+    printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$root/etc/passwd"
+    printf 'root:x:0:\nnogroup:x:65534:\n' >"$root/etc/group"
+    make_image "$root" "$name" "$out" '["/bin/sh"]'
+    rm -r "$root"
 }
 
 # Waits until the daemon behind socket $1 answers; $2 is its pid, $3 its log.
