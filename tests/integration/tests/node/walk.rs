@@ -154,7 +154,7 @@ fn crictl_walks_the_whole_path() {
         let ip = inspected["status"]["network"]["ip"].as_str().unwrap();
         assert!(ip.starts_with("10."), "{ip}");
 
-        crictl.run(&["stop", &id]);
+        crictl.run(&["stop", "--timeout", "20", &id]);
         assert_eq!(crictl.json(&["inspect", &id])["status"]["exitCode"], 3);
         crictl.run(&["rm", &id]);
         crictl.run(&["stopp", &pod]);
