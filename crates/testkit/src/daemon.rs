@@ -6,6 +6,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -149,9 +150,12 @@ fn build_dir() -> io::Result<PathBuf> {
 /// Whether the daemon under test was built with its feature `failpoints`: the name of the variable
 /// that drives them is in the program only then.
 pub fn has_failpoints() -> io::Result<bool> {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    if let Some(found) = FOUND.get() {
+        return Ok(*found);
+    }
     let program = fs::read(gantryd()?)?;
-    let name = b"FAILPOINTS";
-    Ok(program.windows(name.len()).any(|window| window == name))
+    Ok(*FOUND.get_or_init(|| memchr::memmem::find(&program, b"FAILPOINTS").is_some()))
 }
 
 /// A running gantryd.

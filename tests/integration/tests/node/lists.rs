@@ -403,5 +403,14 @@ fn calls_of_later_days_are_unimplemented() {
             assert_eq!(error.code(), Code::Unimplemented, "{error:?}");
             assert!(error.message().contains("not served yet"), "{error:?}");
         }
+        // And one that nobody knows.
+        let channel = gantry_testkit::cri::channel(node.daemon.socket()).unwrap();
+        let mut grpc = tonic::client::Grpc::new(channel);
+        grpc.ready().await.unwrap();
+        let path = "/runtime.v1.RuntimeService/NoSuchCall".parse().unwrap();
+        let codec = tonic_prost::ProstCodec::<v1::VersionRequest, v1::VersionResponse>::default();
+        let request = tonic::Request::new(v1::VersionRequest::default());
+        let error = grpc.unary(request, path, codec).await.unwrap_err();
+        assert_eq!(error.code(), Code::Unimplemented, "{error:?}");
     });
 }

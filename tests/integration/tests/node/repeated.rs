@@ -98,7 +98,7 @@ fn the_same_request_returns_the_same_object() {
 /// Every step of both chains is held up once; the client leaves in the middle of it.
 #[test]
 fn a_client_that_goes_away_in_the_middle_leaves_one_object() {
-    const SLOW: &str = "pod::after-intent=1*sleep(400)->off;pod::after-shim=2*sleep(400)->1*off->off;\
+    const SLOW: &str = "pod::after-intent=1*sleep(400)->off;pod::after-shim=1*sleep(400)->off;\
          pod::after-network=1*sleep(400)->off;container::after-intent=1*sleep(400)->off;\
          container::after-root=1*sleep(400)->off";
     on_failing_node(

@@ -150,10 +150,10 @@ fn a_stop_that_is_given_up_does_not_kill() {
             .await;
         node.has_written(&pod, "deaf", "set").await;
         let (client, key) = (node.client.clone(), id.clone());
-        let caller = tokio::spawn(async move { client.stop(&key, 2).await });
+        let caller = tokio::spawn(async move { client.stop(&key, 4).await });
         node.has_written(&pod, "deaf", "asked").await;
         caller.abort();
-        tokio::time::sleep(Duration::from_secs(3)).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
         assert!(node.is_running(&id).await);
         // The next one works as if there had been none.
         node.client.stop(&id, 0).await.unwrap();

@@ -1,7 +1,8 @@
 //! The walking path: pull, pod, container, exec, log, stop, remove.
 
 use gantry_integration::crictl::Crictl;
-use gantry_integration::{busybox_image, eventually, on_plain_node, sleeper};
+use gantry_integration::{Pod, busybox_image, eventually, on_node, on_plain_node, sleeper};
+use gantry_testkit::daemon::Options;
 use serde_json::json;
 
 #[test]
@@ -20,6 +21,54 @@ fn a_pod_lives_and_is_gone_without_a_trace() {
         node.client.stop_pod(&pod.id).await.unwrap();
         assert!(!node.pod_is_ready(&pod.id).await);
         node.client.remove_pod(&pod.id).await.unwrap();
+    });
+}
+
+/// The same by another OCI runtime.
+#[test]
+fn crun_runs_containers_too() {
+    const NAME: &str = "crun_runs_containers_too";
+    let crun = std::process::Command::new("crun").arg("--version").output();
+    if !crun.is_ok_and(|output| output.status.success()) {
+        println!("SKIP {NAME}: crun is not in PATH");
+        return;
+    }
+    if std::path::Path::new("/sys/fs/cgroup/unified/cgroup.procs").exists() {
+        println!("SKIP {NAME}: crun does not run where cgroups v1 and v2 are both mounted");
+        return;
+    }
+    let options = Options::default().config("[runtime.handlers.crun]\nbinary = \"crun\"\n");
+    on_node(NAME, options, async |node| {
+        let image = node.busybox().await;
+        let config = node.pod_config("crun");
+        let id = node.client.run_pod_by(&config, "crun").await.unwrap();
+        assert_eq!(
+            node.client.pod_status(&id).await.unwrap().runtime_handler,
+            "crun"
+        );
+        let pod = Pod { id, config };
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        assert_eq!(node.sh(&id, "echo hello").await, "hello");
+        let output = node
+            .client
+            .exec(&id, &["sh", "-c", "echo err >&2; exit 3"], 5)
+            .await
+            .unwrap();
+        assert_eq!(
+            (output.stderr.as_slice(), output.exit_code),
+            (&b"err\n"[..], 3)
+        );
+        node.client.stop(&id, 10).await.unwrap();
+        assert_eq!(node.status(&id).await.exit_code, 0);
+        let absent = gantry_testkit::cri::container_config("absent", &image, &["/no/such"]);
+        let id = node.create(&pod, &absent).await;
+        let error = node.client.start(&id).await.unwrap_err();
+        assert!(error.message().contains("/no/such"), "{error:?}");
+        let status = node.status(&id).await;
+        assert_eq!(
+            (status.exit_code, status.reason.as_str()),
+            (128, "StartError")
+        );
     });
 }
 
