@@ -11,6 +11,7 @@ use gantry_runtime::{Invocation, Runtime};
 use gantry_shim_api::v1;
 use gantry_shim_api::v1::message::Body;
 use gantry_sys::epoll::{Epoll, EventFlags, Ready};
+use gantry_sys::memory::ProgramText;
 use gantry_sys::process::{self, Ended};
 use gantry_sys::signal::ChildSignal;
 use gantry_types::ProcessRef;
@@ -33,7 +34,7 @@ const MAX_PARKED: usize = 256;
 /// How long output that grandchildren hold open is read after a container's first process ended.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// Without output for so long, the buffers' memory is given back.
+/// Without an event for so long, memory is given back.
 const IDLE: Duration = Duration::from_secs(1);
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -84,6 +85,9 @@ pub struct Shim {
     children: ChildSignal,
     /// The runtime was executed since children were last reaped.
     spawned: bool,
+    /// Something happened since memory was last given back.
+    stirred: bool,
+    text: ProgramText,
     listener: UnixListener,
     socket: PathBuf,
     parked: Vec<Death>,
@@ -129,6 +133,9 @@ impl Shim {
             epoll,
             children: setup.children,
             spawned: false,
+            stirred: true,
+            // Without it only memory is lost.
+            text: ProgramText::own().unwrap_or_default(),
             listener: setup.listener,
             socket: setup.socket,
             parked: Vec::new(),
@@ -161,8 +168,11 @@ impl Shim {
         let mut ready = Vec::with_capacity(32);
         loop {
             self.epoll.wait(self.patience(), &mut ready)?;
-            if ready.is_empty() && self.buffers.used {
-                self.buffers.release();
+            if !ready.is_empty() {
+                self.stirred = true;
+            } else if self.stirred {
+                self.stirred = false;
+                self.rest();
             }
             for event in &ready {
                 self.handle(event);
@@ -180,6 +190,14 @@ impl Shim {
         }
     }
 
+    /// Nothing has happened for a while: gives back what only work needs.
+    fn rest(&mut self) {
+        if self.buffers.used {
+            self.buffers.release();
+        }
+        self.text.release();
+    }
+
     /// How long to wait for events: to the next deadline.
     fn patience(&self) -> Option<Duration> {
         let drains = self
@@ -195,7 +213,7 @@ impl Shim {
         let next = drains.chain(calls).chain(shutdown).min();
         let left = next.map(|next| next.saturating_duration_since(Instant::now()));
         match left {
-            _ if !self.buffers.used => left,
+            _ if !self.stirred => left,
             Some(left) => Some(left.min(IDLE)),
             None => Some(IDLE),
         }

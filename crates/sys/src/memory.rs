@@ -71,7 +71,62 @@ impl Drop for PageBuffer {
     }
 }
 
-/// Writable private memory of the calling process, for [`pause_forever`].
+/// What is mapped of the program's file and was never written to: code and constants, which the
+/// kernel reads again when they are needed.
+#[derive(Clone, Debug, Default)]
+pub struct ProgramText {
+    ranges: Vec<(usize, usize)>,
+}
+
+impl ProgramText {
+    /// Reads `/proc/self/smaps`.
+    pub fn own() -> io::Result<Self> {
+        Ok(Self::parse(&std::fs::read_to_string("/proc/self/smaps")?))
+    }
+
+    fn parse(smaps: &str) -> Self {
+        let mut ranges = Vec::new();
+        let mut candidate = None;
+        for line in smaps.lines() {
+            if let Some(size) = line.strip_prefix("Anonymous:") {
+                // A page that was written to (relocated constants) is anonymous: its content is
+                // not the file's, and must stay.
+                if let (Some(range), "0 kB") = (candidate.take(), size.trim()) {
+                    ranges.push(range);
+                }
+            } else if let Some(range) = mapping(line) {
+                candidate = range;
+            }
+        }
+        Self { ranges }
+    }
+
+    /// Lets go of the pages. What runs next is mapped again from the page cache, a few pages at a
+    /// time; what ran only at the start no longer counts as ours.
+    pub fn release(&self) {
+        for (start, len) in &self.ranges {
+            // SAFETY: the range is a private mapping of a file that cannot be written through and
+            // has not been written to, so its pages hold what the file holds: after MADV_DONTNEED
+            // an access maps the same content again (madvise(2)), and no value changes.
+            let result = unsafe { mm::madvise(*start as *mut _, *len, mm::Advice::LinuxDontNeed) };
+            // Advice: when the kernel will not, nothing but memory is lost.
+            let _ = result;
+        }
+    }
+}
+
+/// The head line of a mapping in smaps; within it the range, if it is of a file and read-only.
+fn mapping(line: &str) -> Option<Option<(usize, usize)>> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let start = usize::from_str_radix(start, 16).ok()?;
+    let end = usize::from_str_radix(end, 16).ok()?;
+    let read_only = matches!(fields.next()?, "r--p" | "r-xp");
+    let file = fields.nth(3).is_some_and(|path| path.starts_with('/'));
+    Some((read_only && file).then_some((start, end - start)))
+}
+
+/// Memory of the calling process that it can do without, for [`pause_forever`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ranges {
     ranges: [(usize, usize); 16],
@@ -103,7 +158,9 @@ impl Ranges {
             ) else {
                 continue;
             };
-            if !mode.starts_with("rw-p") {
+            // Private memory, and what is mapped of the program's file.
+            let file = line.contains(" /");
+            if mode != "rw-p" && !(file && matches!(mode, "r--p" | "r-xp")) {
                 continue;
             }
             if line.ends_with("[stack]") {
@@ -117,14 +174,15 @@ impl Ranges {
     }
 }
 
-/// Gives all writable memory back and sleeps for ever, needing no memory at all: what is left of
-/// the process is a page of shared code. Only a signal that cannot be caught ends it; the caller
+/// Gives all memory back and sleeps for ever, needing none at all: what is left of the process is
+/// a few pages of shared code around the last instruction. Only a signal that cannot be caught ends it; the caller
 /// has blocked or ignores the others.
 pub fn pause_forever(ranges: Ranges) -> ! {
     for (start, len) in ranges.ranges {
         if len > 0 {
-            // SAFETY: MADV_DONTNEED is given only our own private mappings. Their content reverts
-            // to the file's or to zeroes while Rust values still live there, so from here on
+            // SAFETY: MADV_DONTNEED is given only our own private mappings. Code is mapped again
+            // from its file when it runs; all other content reverts to the file's or to zeroes
+            // while Rust values still live there, so from here on
             // nothing may be used but the code of this function, its arguments on the stack and
             // the system call itself, which is what the rest of this function does. The function
             // never returns.
@@ -200,6 +258,32 @@ mod tests {
         assert_eq!(buffer[100], 0);
         buffer[65535] = 1;
         assert_eq!(buffer.len(), 65536);
+    }
+
+    #[test]
+    fn released_text_runs_on() {
+        let text = ProgramText::own().unwrap();
+        assert!(!text.ranges.is_empty());
+        text.release();
+        assert_eq!(ProgramText::own().unwrap().ranges, text.ranges);
+    }
+
+    #[test]
+    fn only_what_is_the_files_own_is_text() {
+        let smaps = "\
+00400000-00401000 r--p 00000000 fe:00 1 /bin/x
+Anonymous:             0 kB
+00401000-0049d000 r-xp 00001000 fe:00 1 /bin/x
+Anonymous:             0 kB
+004c0000-004c1000 r--p 000c0000 fe:00 1 /bin/x
+Anonymous:             4 kB
+004c1000-004c3000 rw-p 000c1000 fe:00 1 /bin/x
+Anonymous:             0 kB
+7ffe00000000-7ffe00002000 r-xp 00000000 00:00 0 [vdso]
+Anonymous:             0 kB
+";
+        let ranges = ProgramText::parse(smaps).ranges;
+        assert_eq!(ranges, [(0x400000, 0x1000), (0x401000, 0x9c000)]);
     }
 
     #[test]
