@@ -126,17 +126,6 @@ pub fn unlinkat(dir: impl AsFd, name: &OsStr, directory: bool) -> io::Result<()>
     Ok(rfs::unlinkat(dir, name, flags)?)
 }
 
-/// renameat2(2).
-pub fn renameat2(
-    old_dir: impl AsFd,
-    old: &OsStr,
-    new_dir: impl AsFd,
-    new: &OsStr,
-    flags: RenameFlags,
-) -> io::Result<()> {
-    Ok(rfs::renameat_with(old_dir, old, new_dir, new, flags)?)
-}
-
 /// fstatat(2) that does not follow a symbolic link.
 pub fn lstatat(dir: impl AsFd, name: &OsStr) -> io::Result<Stat> {
     Ok(rfs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
@@ -145,12 +134,6 @@ pub fn lstatat(dir: impl AsFd, name: &OsStr) -> io::Result<Stat> {
 /// fstat(2); also of an `O_PATH` descriptor.
 pub fn fstat(file: impl AsFd) -> io::Result<Stat> {
     Ok(rfs::fstat(file)?)
-}
-
-/// readlinkat(2).
-pub fn readlinkat(dir: impl AsFd, name: &OsStr) -> io::Result<PathBuf> {
-    let target = rfs::readlinkat(dir, name, Vec::new())?;
-    Ok(PathBuf::from(OsStr::from_bytes(target.as_bytes())))
 }
 
 /// fchownat(2) that does not follow a symbolic link.
@@ -273,11 +256,6 @@ pub fn syncfs(file: impl AsFd) -> io::Result<()> {
 /// statfs(2).
 pub fn statfs(path: &Path) -> io::Result<StatFs> {
     Ok(rfs::statfs(path)?)
-}
-
-/// fstatfs(2).
-pub fn fstatfs(file: impl AsFd) -> io::Result<StatFs> {
-    Ok(rfs::fstatfs(file)?)
 }
 
 /// statfs(2); libc gives it another type on each C library.

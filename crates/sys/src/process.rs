@@ -212,11 +212,6 @@ pub fn setsid() -> io::Result<()> {
     Ok(())
 }
 
-/// The session of the calling process.
-pub fn own_session() -> io::Result<i32> {
-    Ok(rp::getsid(None)?.as_raw_nonzero().get())
-}
-
 /// Real, effective and saved user and group id 0 in a new user namespace whose maps are written.
 pub fn become_root() -> io::Result<()> {
     // SAFETY: setresgid(2) and setresuid(2) take plain numbers. Called through the system call,
