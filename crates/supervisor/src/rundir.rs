@@ -16,7 +16,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use gantry_store::{Record, open_envelope, record, seal_envelope};
@@ -89,7 +89,7 @@ impl RunDirs {
         for dir in [&self.state, &self.pods(), &self.containers()] {
             make_dir(dir)?;
         }
-        fs::create_dir_all(&self.netns)
+        make_public_dir(&self.netns)
     }
 }
 
@@ -101,6 +101,22 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
+}
+
+/// Makes a directory, and those above it that are missing, that everybody may enter, whatever the
+/// umask; there already is success and changes nothing.
+pub fn make_public_dir(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        make_public_dir(parent)?;
+    }
+    match fs::create_dir(path) {
+        // Made by someone else meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made.and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755))),
+    }
 }
 
 /// File names in a directory; a directory that is absent has none.
@@ -180,6 +196,8 @@ pub fn write_file(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
         .truncate(true)
         .mode(mode)
         .open(&temp)?;
+    // The daemon's umask hides everything; containers read what is meant for them as any user.
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.write_all(bytes)?;
     drop(file);
     fs::rename(&temp, path)
@@ -201,6 +219,23 @@ mod tests {
         fs::write(dir.path().join("status"), b"torn").unwrap();
         assert_eq!(read_record::<record::PodStatus>(dir.path()), None);
         assert_eq!(read_record::<record::PodConfig>(dir.path()), None);
+    }
+
+    #[test]
+    fn what_is_meant_for_containers_is_open_whatever_the_umask() {
+        // The umask belongs to the process, and other tests run beside this one: a stricter one
+        // is what the daemon has all the time.
+        gantry_sys::fs::umask(0o077);
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let file = dir.path().join("resolv.conf");
+        write_file(&file, b"nameserver 10.0.0.1\n", 0o644).unwrap();
+        assert_eq!(mode(&file), 0o644);
+        let made = dir.path().join("a/b");
+        make_public_dir(&made).unwrap();
+        assert_eq!((mode(&made), mode(&dir.path().join("a"))), (0o755, 0o755));
+        make_public_dir(&made).unwrap();
+        assert!(make_public_dir(&file).is_err());
     }
 
     #[test]

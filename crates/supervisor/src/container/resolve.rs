@@ -275,7 +275,7 @@ fn mounts(config: &cri::ContainerConfig) -> Result<Vec<HostMount>, Error> {
             });
         }
         if !path.exists() {
-            fs::create_dir_all(path).map_err(|error| Error::io(STEP, path, &error))?;
+            crate::rundir::make_public_dir(path).map_err(|error| Error::io(STEP, path, &error))?;
         }
         let source = fs::canonicalize(path).map_err(|error| Error::io(STEP, path, &error))?;
         let (mut shared, mut slave) = (false, false);
