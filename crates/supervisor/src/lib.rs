@@ -368,8 +368,13 @@ impl Supervisor {
             found => found?,
         };
         let id = container.facts.id.clone();
-        self.ask_of(&pod, |reply| Request::StopContainer { id, grace, reply })
+        match self
+            .ask_of(&pod, |reply| Request::StopContainer { id, grace, reply })
             .await
+        {
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
     }
 
     /// Removes a container, killing it first; one that is not there is removed.

@@ -333,10 +333,10 @@ async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
     let mut shim = shim;
     if action == PodAction::KillShim {
         tracing::error!(pod = %pod.facts.id, "shim hung: it is killed and its containers with it");
-        if let Some(process) = process_of(&pod.status) {
-            if let Err(error) = kill(process) {
-                tracing::error!(pod = %pod.facts.id, %error, "hung shim");
-            }
+        if let Some(process) = process_of(&pod.status)
+            && let Err(error) = kill(process)
+        {
+            tracing::error!(pod = %pod.facts.id, %error, "hung shim");
         }
         shim = None;
         observed = Observed::Gone;

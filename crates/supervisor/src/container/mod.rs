@@ -125,13 +125,24 @@ impl Driver {
             self.begin_remove(id);
             return;
         }
-        match container.queue.pop_front() {
-            Some(Request::Start { reply, .. }) => self.start(id, reply),
-            Some(Request::Update {
-                resources, reply, ..
-            }) => self.update(id, *resources, reply),
-            // Only these two are ever queued.
-            Some(_) | None => {}
+        // One that is answered at once leaves nothing that would bring us back here for the next.
+        while let Some(request) = self.next_queued(id) {
+            match request {
+                Request::Start { reply, .. } => self.start(id, reply),
+                Request::Update {
+                    resources, reply, ..
+                } => self.update(id, *resources, reply),
+                // Only these two are ever queued.
+                _ => {}
+            }
+        }
+    }
+
+    fn next_queued(&mut self, id: &ContainerId) -> Option<Request> {
+        let container = self.containers.get_mut(id)?;
+        match container.busy {
+            None => container.queue.pop_front(),
+            Some(_) => None,
         }
     }
 

@@ -424,10 +424,10 @@ fn host_devices(dir: &Path) -> Result<Vec<Device>, Error> {
             };
             if kind.is_dir() {
                 dirs.push(path);
-            } else if kind.is_char_device() || kind.is_block_device() {
-                if let Ok(Some(device)) = device(&path, &path, "rwm") {
-                    found.push(device);
-                }
+            } else if (kind.is_char_device() || kind.is_block_device())
+                && let Ok(Some(device)) = device(&path, &path, "rwm")
+            {
+                found.push(device);
             }
         }
     }

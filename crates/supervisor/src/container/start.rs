@@ -21,6 +21,7 @@ impl Driver {
     pub(super) fn start(&mut self, id: &ContainerId, reply: Reply<()>) {
         let shim = self.shim.clone();
         let asked = Asked::of(self.pod_config());
+        let ending = self.ending();
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
@@ -31,6 +32,11 @@ impl Driver {
             }
             Decision::Deny(reason) => {
                 let _ = reply.send(Err(container.denied(reason)));
+                return;
+            }
+            // It may have waited in the queue while the pod was asked to stop.
+            Decision::Go if ending => {
+                let _ = reply.send(Err(container.denied("the pod sandbox is being stopped")));
                 return;
             }
             Decision::Go => {}
@@ -111,6 +117,7 @@ impl Driver {
         container.busy = None;
         container.set_status(status);
         let early_exit = container.early_exit.take();
+        let unknown = matches!(container.state, ContainerState::Unknown { .. });
         self.publish();
         let outcome = match started {
             Ok(_) => recorded,
@@ -129,6 +136,9 @@ impl Driver {
                 oom_killed: exit.oom_killed,
             };
             self.container_exited(id, &exit);
+        } else if unknown && self.shim.is_none() {
+            // The news of the shim's end came first, when there was nothing to be lost yet.
+            self.container_lost(id, "the pod's shim ended");
         }
     }
 }

@@ -39,6 +39,8 @@ pub(crate) struct StopWish {
     /// The pod or a removal wants it, whoever else has gone.
     forced: bool,
     stage: Stage,
+    /// The deadline for which a timer runs: one each, however often the pod is spoken to meanwhile.
+    timer: Option<Instant>,
 }
 
 impl Container {
@@ -49,6 +51,7 @@ impl Container {
             waiters: Vec::new(),
             forced: false,
             stage: Stage::Wished,
+            timer: None,
         });
         wish.deadline = wish.deadline.min(deadline);
         match waiter {
@@ -99,11 +102,14 @@ impl Driver {
             }
             Stage::Wished => {
                 wish.stage = Stage::Signalled;
+                wish.timer = Some(wish.deadline);
                 let grace = wish.deadline - now;
                 self.signal(id, signal);
                 self.look_again(id, grace);
             }
+            Stage::Signalled if wish.timer == Some(wish.deadline) => {}
             Stage::Signalled => {
+                wish.timer = Some(wish.deadline);
                 let left = wish.deadline - now;
                 self.look_again(id, left);
             }

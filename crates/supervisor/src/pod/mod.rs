@@ -23,7 +23,7 @@ use std::sync::Arc;
 use gantry_cri_api::v1 as cri;
 use gantry_shim_api::v1;
 use gantry_store::record;
-use gantry_types::{ContainerId, ContainerState, PodId, PodState, ProcessRef};
+use gantry_types::{ContainerId, ContainerState, Decision, PodId, PodState, ProcessRef};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::container::Container;
@@ -67,6 +67,8 @@ pub(crate) struct Driver {
     remove: Option<Vec<Reply<()>>>,
     /// What the pod itself (not one of its containers) is doing.
     busy: Option<&'static str>,
+    /// Shim or holder ended while the pod was made.
+    lost_early: Option<&'static str>,
     ended: bool,
     mailbox: mpsc::Sender<Msg>,
 }
@@ -91,6 +93,7 @@ impl Driver {
             stop: None,
             remove: None,
             busy: None,
+            lost_early: None,
             ended: false,
             mailbox,
         }
@@ -272,6 +275,9 @@ impl Driver {
     }
 
     fn shim_exited(&mut self) {
+        if self.state == PodState::Creating {
+            return self.lose("the pod's shim ended");
+        }
         // A shim that was asked to end is no loss.
         if self.shim.take().is_none() || self.busy == Some(stop::STOPPING) {
             return;
@@ -280,7 +286,7 @@ impl Driver {
         let running: Vec<_> = self
             .containers
             .iter()
-            .filter(|(_, container)| matches!(container.state, ContainerState::Running { .. }))
+            .filter(|(_, container)| container.state.may_stop() == Decision::Go)
             .map(|(id, _)| id.clone())
             .collect();
         for id in running {
@@ -289,7 +295,12 @@ impl Driver {
     }
 
     /// The pod can no longer serve: the kubelet makes a new one only when the state flips.
-    fn lose(&mut self, reason: &str) {
+    fn lose(&mut self, reason: &'static str) {
+        if self.state == PodState::Creating {
+            // Taken up when the outcome of the making is there.
+            self.lost_early.get_or_insert(reason);
+            return;
+        }
         if !self.state.is_ready() {
             return;
         }
@@ -332,12 +343,20 @@ impl Driver {
     }
 
     pub(crate) fn drop_container(&mut self, id: &ContainerId) {
-        self.containers.remove(id);
+        if let Some(container) = self.containers.remove(id) {
+            for request in container.queue {
+                requests::refuse(request, requests::not_found(id));
+            }
+        }
         self.container_names.retain(|_, holder| holder != id);
     }
 
-    /// The recorded shim process, for a pod whose shim cannot be reached by its socket.
+    /// The recorded shim process, for a pod whose shim cannot be reached by its socket. One of an
+    /// earlier boot is none: its pid and start time may be somebody else's now.
     pub(crate) fn recorded_shim(&self) -> Option<ProcessRef> {
+        if self.facts.record.boot_id != self.ctx.settings.boot_id {
+            return None;
+        }
         self.status.shim.map(|process| ProcessRef {
             pid: process.pid,
             start_time: process.start_time,

@@ -180,6 +180,17 @@ impl Driver {
     }
 }
 
+/// Answers a request that waited for a container which has gone meanwhile.
+pub(super) fn refuse(request: Request, error: Error) {
+    match request {
+        Request::Start { reply, .. } | Request::Update { reply, .. } => {
+            let _ = reply.send(Err(error));
+        }
+        // Nothing else is ever queued.
+        _ => {}
+    }
+}
+
 pub(crate) fn not_found(id: &ContainerId) -> Error {
     Error::NotFound {
         what: "container",

@@ -135,6 +135,11 @@ impl Driver {
                 self.shim = Some(made.shim);
                 self.status = made.status;
                 self.state = made.state;
+                if let Some(reason) = self.lost_early.take() {
+                    self.lost_while_made(reason);
+                    let error = Error::internal("make pod sandbox", reason);
+                    return answer(waiters, &Err(error));
+                }
                 self.publish();
                 answer(waiters, &Ok(Awaited::Ready(self.id().clone())));
             }
