@@ -115,6 +115,14 @@ pub fn gantryd() -> io::Result<PathBuf> {
     ))
 }
 
+/// The command line under test: `GANTRYCTL`, or the one that cargo built beside this test.
+pub fn gantryctl() -> io::Result<PathBuf> {
+    match std::env::var_os("GANTRYCTL") {
+        Some(path) => Ok(path.into()),
+        None => fs::canonicalize(build_dir()?.join("gantryctl")),
+    }
+}
+
 /// The shim under test: `GANTRY_SHIM`, or what cargo or deploy/build-shim built beside this test.
 pub fn gantry_shim() -> io::Result<PathBuf> {
     if let Some(path) = std::env::var_os("GANTRY_SHIM") {
@@ -122,16 +130,16 @@ pub fn gantry_shim() -> io::Result<PathBuf> {
     }
     let build = build_dir()?;
     let target = build.parent().unwrap_or(&build);
-    let mut found = vec![build.join("gantry-shim")];
-    let triples = leakcheck::names(target)
+    // The static one first: it is what nodes run.
+    let static_ones = leakcheck::names(target)
         .into_iter()
-        .filter(|name| name.contains("-linux-"));
-    found.extend(triples.map(|triple| target.join(triple).join("shim/gantry-shim")));
-    found
-        .into_iter()
+        .filter(|name| name.contains("-linux-"))
+        .map(|triple| target.join(triple).join("shim/gantry-shim"));
+    static_ones
+        .chain([build.join("gantry-shim")])
         .find(|path| path.is_file())
         .ok_or_else(|| {
-            let hint = "set GANTRY_SHIM or run cargo build -p gantry-shim";
+            let hint = "set GANTRY_SHIM or run deploy/build-shim";
             io::Error::new(
                 io::ErrorKind::NotFound,
                 format!("gantry-shim: not built; {hint}"),
@@ -439,8 +447,25 @@ impl Daemon {
         }
     }
 
-    /// Ends every process, unmounts and removes everything, whatever state it is in.
-    fn clean_up(&mut self) -> io::Result<()> {
+    /// What a reboot leaves: the root directory, the network configuration and host-local's files.
+    pub fn power_cut(&mut self) -> io::Result<()> {
+        self.end_everything()?;
+        for entry in fs::read_dir(&self.places.state)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                fs::remove_dir_all(path)?;
+            } else {
+                fs::remove_file(path)?;
+            }
+        }
+        for name in leakcheck::names(&self.places.netns_dir) {
+            fs::remove_file(self.places.netns_dir.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// Kills every process, and undoes every mount and cgroup but the fixture's own.
+    fn end_everything(&mut self) -> io::Result<()> {
         self.kill()?;
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -459,16 +484,23 @@ impl Daemon {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        for point in self
-            .places
-            .mounts()
-            .iter()
-            .rev()
-            .filter(|point| **point != self.netns.path())
-        {
-            umount2(point, MntFlags::MNT_DETACH)?;
+        let own = [self.netns.path(), &self.places.state, &self.places.root];
+        for point in self.places.mounts().iter().rev() {
+            if !own.contains(&point.as_path()) {
+                umount2(point, MntFlags::MNT_DETACH)?;
+            }
         }
-        leakcheck::remove_cgroups(&self.places)?;
+        leakcheck::remove_cgroups(&self.places)
+    }
+
+    /// Ends and removes everything, whatever state it is in.
+    fn clean_up(&mut self) -> io::Result<()> {
+        self.end_everything()?;
+        for point in self.places.mounts().iter().rev() {
+            if point != self.netns.path() {
+                umount2(point, MntFlags::MNT_DETACH)?;
+            }
+        }
         fs::remove_dir(&self.places.state)
     }
 }

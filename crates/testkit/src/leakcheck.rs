@@ -148,14 +148,14 @@ impl Places {
         put("network namespace", names(&self.netns_dir));
         put("interface", interfaces);
         put("address", addresses(&self.ipam_dir));
-        for dir in ["pods", "containers"] {
-            put(dir, names(&self.state.join(dir)));
+        let mut files = Vec::new();
+        for dir in [&self.state, &self.root] {
+            walk(dir, &mut files);
         }
-        put("runtime state", runtime_state(&self.state));
-        let overlay = self.root.join("overlayfs");
-        put("snapshot", names(&overlay.join("snapshots")));
-        put("layer under way", names(&overlay.join("stages")));
-        put("blob under way", names(&self.root.join("content/ingest")));
+        // The runtimes' directories come with their first container and stay.
+        let runtimes = self.state.join("runtime");
+        files.retain(|path| *path != runtimes && path.parent() != Some(&runtimes));
+        put("file", text(files));
         if let Some(pid) = daemon {
             put("descriptor of the daemon", descriptors(pid));
         }
@@ -274,13 +274,25 @@ fn addresses(dir: &Path) -> Vec<String> {
     found
 }
 
-/// Containers that OCI runtimes know, below whatever the daemon gives them as `--root`.
-fn runtime_state(state: &Path) -> Vec<String> {
-    let dir = state.join("runtime");
-    let handlers = names(&dir).into_iter();
-    handlers
-        .flat_map(|handler| names(&dir.join(handler)))
-        .collect()
+/// What is kept on purpose: records and images.
+const KEPT: [&str; 4] = ["store", "blobs", "layers", "index.json"];
+
+/// Root file systems.
+const NOT_OURS: [&str; 3] = ["fs", "work", "rootfs"];
+
+/// Every file and directory below `dir`.
+fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if KEPT.iter().any(|kept| name == *kept) {
+            continue;
+        }
+        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_dir && !NOT_OURS.iter().any(|other| name == *other) {
+            walk(&entry.path(), found);
+        }
+        found.push(entry.path());
+    }
 }
 
 /// Removes the fixture's cgroups; their processes must have ended.
@@ -339,11 +351,12 @@ mod tests {
         let leaks = before.leaks(&after);
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();
+        let made = format!("file: {}", place("state/pods/new").display());
         let expected = [
             "address: 10.0.0.7",
+            &made,
             "interface: veth1",
             "network namespace: gantry-1",
-            "pods: new",
         ];
         assert_eq!(leaks[..4], expected, "{leaks:?}");
         assert!(

@@ -145,6 +145,12 @@ impl Node {
             .expect("Version");
     }
 
+    /// The machine loses power and comes up again.
+    pub async fn reboot(&mut self) {
+        self.daemon.power_cut().expect("power cut");
+        self.start_again(&[]).await;
+    }
+
     /// kill -9 and a new start.
     pub async fn kill_and_start_again(&mut self) {
         self.daemon.kill().expect("kill gantryd");

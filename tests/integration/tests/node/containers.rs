@@ -119,6 +119,21 @@ fn users_by_name_and_by_number() {
         for group in ["1111", "2222"] {
             assert!(groups.split(' ').any(|other| other == group), "{groups}");
         }
+        // What a pod shares is for every user; so is the container's own output.
+        node.sh(
+            &id,
+            "cat /etc/hostname /etc/hosts /etc/resolv.conf && echo x > /dev/shm/x",
+        )
+        .await;
+        let mut config = script_config(
+            "says",
+            &image,
+            "echo out > /dev/stdout; echo err > /dev/stderr",
+        );
+        security(&mut config).run_as_user = Some(Int64Value { value: 4321 });
+        let says = node.run(&pod, &config).await;
+        assert_eq!(node.exited(&says).await.exit_code, 0);
+        assert_eq!(node.output(&pod, "says"), "out\n");
         // Not the image's word but the request's.
         let mut config = sleeper("over", &daemon_image);
         security(&mut config).run_as_user = Some(Int64Value { value: 0 });
@@ -350,4 +365,31 @@ fn logs_keep_streams_and_long_lines_and_are_reopened() {
             assert_eq!(error.code(), tonic::Code::FailedPrecondition);
         },
     );
+}
+
+#[test]
+fn terminals_and_standard_input() {
+    on_plain_node("terminals_and_standard_input", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("terminal").await;
+        let mut config = script_config("tty", &image, "test -t 0 && test -t 1 && echo terminal");
+        config.tty = true;
+        let id = node.run(&pod, &config).await;
+        assert_eq!(node.exited(&id).await.exit_code, 0);
+        assert_eq!(node.output(&pod, "tty").trim_end(), "terminal");
+        // Without stdin there is nothing to wait for.
+        let id = node
+            .run_script(&pod, "closed", &image, "cat; echo end")
+            .await;
+        assert_eq!(node.exited(&id).await.exit_code, 0);
+        assert_eq!(node.output(&pod, "closed"), "end\n");
+        // With it somebody may yet attach.
+        let mut config = script_config("open", &image, "echo begin; cat; echo end");
+        config.stdin = true;
+        let id = node.run(&pod, &config).await;
+        node.has_written(&pod, "open", "begin").await;
+        assert_eq!(node.sh(&id, "echo x").await, "x");
+        assert!(node.is_running(&id).await);
+        assert!(!node.output(&pod, "open").contains("end"));
+    });
 }

@@ -5,6 +5,7 @@
 mod chaos;
 mod containers;
 mod exec;
+mod images;
 mod lists;
 mod lost;
 mod pods;

@@ -294,3 +294,47 @@ fn a_pods_status_tells_what_it_was_made_of() {
         );
     });
 }
+
+#[test]
+fn twenty_pods_at_once_have_twenty_addresses() {
+    on_plain_node("twenty_pods_at_once_have_twenty_addresses", async |node| {
+        let mut calls = tokio::task::JoinSet::new();
+        for n in 0..20 {
+            let (client, config) = (node.client.clone(), node.pod_config(&format!("p{n}")));
+            calls.spawn(async move { client.run_pod(&config).await.unwrap() });
+        }
+        let mut addresses = std::collections::BTreeSet::new();
+        for id in calls.join_all().await {
+            let status = node.client.pod_status(&id).await.unwrap();
+            addresses.insert(status.network.unwrap().ip);
+        }
+        assert_eq!(addresses.len(), 20, "{addresses:?}");
+        let mut calls = tokio::task::JoinSet::new();
+        for pod in node.client.list_pods(None).await.unwrap() {
+            let client = node.client.clone();
+            calls.spawn(async move { client.remove_pod(&pod.id).await.unwrap() });
+        }
+        calls.join_all().await;
+    });
+}
+
+#[test]
+fn the_hosts_ipc_is_shared_as_asked() {
+    on_plain_node("the_hosts_ipc_is_shared_as_asked", async |node| {
+        let image = node.busybox().await;
+        let mut config = node.pod_config("ipc");
+        pod_namespaces(&mut config).ipc = NamespaceMode::Node.into();
+        let pod = node.run_pod(&config).await;
+        let mut config = sleeper("c", &image);
+        security(&mut config)
+            .namespace_options
+            .get_or_insert_default()
+            .ipc = NamespaceMode::Node.into();
+        let id = node.run(&pod, &config).await;
+        let own = std::fs::read_link("/proc/self/ns/ipc").unwrap();
+        assert_eq!(
+            node.sh(&id, "readlink /proc/self/ns/ipc").await,
+            own.to_string_lossy()
+        );
+    });
+}

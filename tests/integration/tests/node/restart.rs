@@ -158,3 +158,42 @@ fn many_restarts_change_nothing() {
         assert_eq!(node.sh(&id, "echo x").await, "x");
     });
 }
+
+/// The boot id is the same here, so that every trace of the old pods must be looked for.
+#[test]
+fn after_a_reboot_pods_are_not_ready_and_removable() {
+    on_plain_node(
+        "after_a_reboot_pods_are_not_ready_and_removable",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.pod("rebooted").await;
+            let running = node.run(&pod, &sleeper("running", &image)).await;
+            let created = node.create(&pod, &sleeper("created", &image)).await;
+            let exited = node.run_script(&pod, "exited", &image, "exit 4").await;
+            node.exited(&exited).await;
+            let started_at = node.status(&running).await.started_at;
+            node.reboot().await;
+            assert!(!node.pod_is_ready(&pod.id).await);
+            let status = node.status(&running).await;
+            assert_eq!(status.state(), ContainerState::ContainerExited);
+            assert_ne!(status.exit_code, 0, "{status:?}");
+            assert_eq!(status.started_at, started_at);
+            assert_eq!(node.status(&exited).await.exit_code, 4);
+            assert!(node.client.start(&created).await.is_err());
+            // What the kubelet does: another attempt, and then the old one goes.
+            let mut config = pod.config.clone();
+            config.metadata.as_mut().unwrap().attempt = 1;
+            let again = node.run_pod(&config).await;
+            let id = node.run(&again, &sleeper("running", &image)).await;
+            node.client.stop_pod(&pod.id).await.unwrap();
+            node.client.remove_pod(&pod.id).await.unwrap();
+            assert!(node.client.status(&running).await.is_err());
+            assert_eq!(node.sh(&id, "echo x").await, "x");
+            let addresses = gantry_testkit::leakcheck::names(&node.daemon.path("ipam/gantry-test"));
+            let held = addresses
+                .iter()
+                .filter(|name| name.parse::<std::net::IpAddr>().is_ok());
+            assert_eq!(held.count(), 1, "{addresses:?}");
+        },
+    );
+}

@@ -77,6 +77,9 @@ fn a_damaged_store_is_set_aside_and_rebuilt_with_pods_running() {
             // Images are usable, not just listed.
             let other = node.pod("after").await;
             node.run(&other, &sleeper("c", &image)).await;
+            for dir in set_aside(&store) {
+                std::fs::remove_dir_all(dir).unwrap();
+            }
         },
     );
 }

@@ -1,0 +1,220 @@
+//! Images between registry and container.
+
+use gantry_integration::{busybox_image, eventually, on_plain_node, refused, sleeper};
+use gantry_testkit::cri::v1::{AuthConfig, ImageSpec, PullImageRequest};
+use gantry_testkit::image::{Compression, ImageBuilder, Layer, Types, index};
+use gantry_testkit::registry::Auth;
+use tonic::Code;
+
+#[test]
+fn a_public_name_is_sent_to_a_mirror_by_hosts_toml() {
+    on_plain_node(
+        "a_public_name_is_sent_to_a_mirror_by_hosts_toml",
+        async |node| {
+            let dir = node.daemon.path("certs.d/docker.io");
+            std::fs::create_dir_all(&dir).unwrap();
+            let url = node.registry.url();
+            let text = format!("[host.{url:?}]\ncapabilities = [\"pull\", \"resolve\"]\n");
+            std::fs::write(dir.join("hosts.toml"), text).unwrap();
+            node.registry.add("library/busybox", "1", busybox_image());
+            let id = node.client.pull("busybox:1").await.unwrap();
+            assert_eq!(id, busybox_image().id());
+            let image = node.client.image(&id).await.unwrap().unwrap();
+            assert_eq!(image.repo_tags, ["docker.io/library/busybox:1"]);
+            for name in ["busybox:1", "docker.io/library/busybox:1", &id, &id[7..20]] {
+                assert!(node.client.image(name).await.unwrap().is_some(), "{name}");
+            }
+            let pod = node.host_pod("mirrored").await;
+            let id = node.run(&pod, &sleeper("c", "busybox:1")).await;
+            assert_eq!(
+                node.status(&id).await.image.unwrap().image,
+                "docker.io/library/busybox:1"
+            );
+        },
+    );
+}
+
+#[test]
+fn credentials_come_with_the_request() {
+    on_plain_node("credentials_come_with_the_request", async |node| {
+        node.registry.add("test/private", "1", busybox_image());
+        let (user, password) = ("ann".to_owned(), "pass-word-7".to_owned());
+        let name = format!("{}/test/private:1", node.registry.host());
+        let pull = async |auth: Option<AuthConfig>| {
+            let image = Some(ImageSpec {
+                image: name.clone(),
+                ..Default::default()
+            });
+            let request = PullImageRequest {
+                image,
+                auth,
+                sandbox_config: None,
+            };
+            node.client
+                .images
+                .clone()
+                .pull_image(request)
+                .await
+                .map(drop)
+        };
+        let given = |password: &str| {
+            Some(AuthConfig {
+                username: user.clone(),
+                password: password.to_owned(),
+                ..Default::default()
+            })
+        };
+        let basic = Auth::Basic {
+            user: user.clone(),
+            password: password.clone(),
+        };
+        let bearer = Auth::Bearer {
+            user: user.clone(),
+            password: password.clone(),
+            refresh: String::new(),
+        };
+        for auth in [basic, bearer] {
+            node.registry.behave(|behaviour| behaviour.auth = auth);
+            assert!(pull(None).await.is_err());
+            assert!(pull(given("wrong-word-8")).await.is_err());
+            pull(given(&password)).await.unwrap();
+            node.client.remove_image(&name).await.unwrap();
+        }
+        let log = node.daemon.log();
+        assert!(!log.contains("pass-word-7") && !log.contains("wrong-word-8"));
+    });
+}
+
+#[test]
+fn layers_of_every_kind_from_an_index() {
+    on_plain_node("layers_of_every_kind_from_an_index", async |node| {
+        let busybox = busybox_image();
+        let layer = |n: &str| {
+            Layer::new()
+                .dir("d", 0o755)
+                .file("d/who", n.as_bytes())
+                .file(&format!("d/{n}"), b"")
+        };
+        let image = ImageBuilder::new()
+            .tar(busybox.layers[0].data.clone(), Compression::Zstd)
+            .layer(layer("gzip"), Compression::Gzip)
+            .layer(layer("zstd").whiteout("d/gzip"), Compression::Zstd)
+            .layer(layer("plain"), Compression::Plain)
+            .build();
+        let other = ImageBuilder::new()
+            .platform("linux", "s390x", "")
+            .cmd(["other"])
+            .build();
+        let own = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            arch => arch,
+        };
+        let platforms = [
+            (&other, Some(("linux", "s390x", ""))),
+            (&image, Some(("linux", own, ""))),
+        ];
+        let index = index(&platforms, Types::Oci);
+        node.registry.add("test/many", "parts", &image);
+        node.registry.add("test/many", "other", &other);
+        node.registry.add_manifest("test/many", "1", &index);
+        let name = format!("{}/test/many:1", node.registry.host());
+        assert_eq!(node.client.pull(&name).await.unwrap(), image.id());
+        let pod = node.host_pod("layers").await;
+        let id = node.run(&pod, &sleeper("c", &name)).await;
+        assert_eq!(node.sh(&id, "cat /d/who").await, "plain");
+        assert_eq!(
+            node.sh(&id, "ls /d | tr '\\n' ' '").await,
+            "plain who zstd "
+        );
+        let digests = node
+            .client
+            .image(&name)
+            .await
+            .unwrap()
+            .unwrap()
+            .repo_digests;
+        let by_index = format!("{}/test/many@{}", node.registry.host(), index.digest);
+        assert_eq!(digests, [by_index], "the digest that the tag stands for");
+    });
+}
+
+#[test]
+fn an_image_may_go_before_its_container() {
+    on_plain_node("an_image_may_go_before_its_container", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("orphan").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        node.client.remove_image(&image).await.unwrap();
+        assert!(node.client.list_images().await.unwrap().is_empty());
+        assert_eq!(
+            node.sh(&id, "cat /etc/nsswitch.conf").await,
+            "hosts: files dns"
+        );
+        let late = node
+            .client
+            .create(&pod.id, &sleeper("late", &image), &pod.config)
+            .await;
+        refused(late, Code::NotFound, &image);
+        node.kill_and_start_again().await;
+        assert_eq!(
+            node.sh(&id, "cat /etc/nsswitch.conf").await,
+            "hosts: files dns"
+        );
+        node.client.remove(&id).await.unwrap();
+        let layers = node.daemon.places().root.join("overlayfs/layers");
+        eventually("its layers go with it", async || {
+            gantry_testkit::leakcheck::names(&layers)
+                .is_empty()
+                .then_some(())
+        })
+        .await;
+        // And it can come again.
+        let image = node.busybox().await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        assert_eq!(node.sh(&id, "echo x").await, "x");
+    });
+}
+
+/// What is exported by one node runs on another.
+#[test]
+fn an_exported_image_is_imported_and_runs() {
+    const NAME: &str = "an_exported_image_is_imported_and_runs";
+    let Ok(gantryctl) = gantry_testkit::daemon::gantryctl() else {
+        println!("SKIP {NAME}: GANTRYCTL does not name a gantryctl, and none was built");
+        return;
+    };
+    on_plain_node(NAME, async |node| {
+        let run = |args: &[&str]| {
+            let output = std::process::Command::new(&gantryctl)
+                .arg("--socket")
+                .arg(node.daemon.socket())
+                .args(args)
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{args:?}: {said}");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let image = node.busybox().await;
+        let archive = node.daemon.path("image.tar").display().to_string();
+        run(&["image", "export", "--output", &archive, &image]);
+        node.client.remove_image(&image).await.unwrap();
+        assert_eq!(
+            run(&["image", "list"])
+                .lines()
+                .filter(|line| line.contains("test/"))
+                .count(),
+            0
+        );
+        run(&["image", "import", &archive]);
+        assert!(run(&["image", "list"]).contains("test/busybox"));
+        assert_eq!(
+            node.client.list_images().await.unwrap()[0].id,
+            busybox_image().id()
+        );
+        let pod = node.host_pod("imported").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        assert_eq!(node.sh(&id, "echo x").await, "x");
+    });
+}
