@@ -134,7 +134,7 @@ pub struct Ranges {
 }
 
 impl Ranges {
-    /// Reads `/proc/self/maps`. More ranges than there is room for are left out: they only cost
+    /// Reads `/proc/self/maps` and `smaps`. More ranges than there is room for are left out: they only cost
     /// memory. Refused (`Unsupported`) to a process with more than one thread, whose other
     /// threads would lose their memory too.
     pub fn own() -> io::Result<Self> {
@@ -158,15 +158,19 @@ impl Ranges {
             ) else {
                 continue;
             };
-            // Private memory, and what is mapped of the program's file.
-            let file = line.contains(" /");
-            if mode != "rw-p" && !(file && matches!(mode, "r--p" | "r-xp")) {
+            if mode != "rw-p" {
                 continue;
             }
             if line.ends_with("[stack]") {
                 found.stack = (start, end - start);
             } else if count < found.ranges.len() {
                 found.ranges[count] = (start, end - start);
+                count += 1;
+            }
+        }
+        for range in ProgramText::own()?.ranges {
+            if count < found.ranges.len() {
+                found.ranges[count] = range;
                 count += 1;
             }
         }
@@ -181,8 +185,8 @@ pub fn pause_forever(ranges: Ranges) -> ! {
     for (start, len) in ranges.ranges {
         if len > 0 {
             // SAFETY: MADV_DONTNEED is given only our own private mappings. Code is mapped again
-            // from its file when it runs; all other content reverts to the file's or to zeroes
-            // while Rust values still live there, so from here on
+            // from its file when it runs, and pages that were relocated are not among the ranges;
+            // writable content reverts to the file's or to zeroes while Rust values live there, so from here on
             // nothing may be used but the code of this function, its arguments on the stack and
             // the system call itself, which is what the rest of this function does. The function
             // never returns.
