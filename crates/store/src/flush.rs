@@ -1,5 +1,6 @@
 //! One flush for all who wait: a writer that arrives while a flush runs joins the next one.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 #[derive(Default)]
@@ -45,7 +46,10 @@ impl Shared {
         state.begun += 1;
         let number = state.begun;
         drop(state);
-        let outcome = flush().map_err(|error| error.to_string());
+        // sled can panic on damage: who waits would wait for ever if that left `running` behind.
+        let outcome = catch_unwind(AssertUnwindSafe(flush))
+            .map_err(|_| "the store panicked".to_owned())
+            .and_then(|outcome| outcome.map_err(|error| error.to_string()));
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.running = false;
         state.ended = number;
@@ -88,6 +92,14 @@ mod tests {
     fn an_error_reaches_the_writer_and_the_next_flush_is_tried() {
         let shared = Shared::default();
         assert_eq!(shared.flush(|| Err("no space")), Err("no space".to_owned()));
+        assert_eq!(shared.flush(|| Ok::<_, String>(())), Ok(()));
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_the_next_flush_is_tried() {
+        let shared = Shared::default();
+        let panics = || -> Result<(), String> { panic!("damage") };
+        assert!(shared.flush(panics).is_err());
         assert_eq!(shared.flush(|| Ok::<_, String>(())), Ok(()));
     }
 }
