@@ -134,6 +134,13 @@ pub async fn spawn(
     }
 }
 
+/// The process that listens on a pod's socket, which a stopped one does as well.
+pub async fn listener_of(socket: &Path) -> Option<ProcessRef> {
+    let connected = timeout(Duration::from_secs(1), UnixStream::connect(socket)).await;
+    let pid = connected.ok()?.ok()?.peer_cred().ok()?.pid()?;
+    gantry_sys::process::process_ref(pid).ok()
+}
+
 /// Where shim and runtime look for programs.
 const SHIM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 

@@ -57,7 +57,12 @@ pub(crate) async fn end_shim(
                 .map(|(s, _)| s)
         }
     };
-    let process = shim.as_ref().map(|shim| shim.process()).or(recorded);
+    let process = match (&shim, recorded) {
+        (Some(shim), _) => Some(shim.process()),
+        (None, Some(recorded)) => Some(recorded),
+        // Nobody has recorded it yet, and it does not answer: whoever holds the socket is it.
+        (None, None) => crate::shim::listener_of(&ctx.records.dirs.socket(&facts.id)).await,
+    };
     if let Some(shim) = &shim {
         let body = request::Body::Shutdown(v1::Shutdown {});
         if let Err(error) = shim.done(body, limits.kill).await {
@@ -189,7 +194,12 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
             ));
         }
         if kill.exists() {
-            std::fs::write(&kill, "1").map_err(|error| Error::io("kill cgroup", &kill, &error))?;
+            match std::fs::write(&kill, "1") {
+                Err(error) if !vanished(&error) => {
+                    return Err(Error::io("kill cgroup", &kill, &error));
+                }
+                Ok(()) | Err(_) => {}
+            }
         } else {
             for pid in pids {
                 // Gone between the listing and now is what we want.
@@ -200,15 +210,39 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
     }
 }
 
+/// Processes of a cgroup and of those below it: with cgroup v2 a container that manages cgroups
+/// of its own has all its processes in those.
 fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
-    let path: PathBuf = dir.join("cgroup.procs");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).collect()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        // A cgroup that is removed while it is read.
-        Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => Ok(Vec::new()),
-        Err(error) => Err(Error::io("read cgroup", &path, &error)),
+    let failed = |path: &Path, error: &std::io::Error| Error::io("read cgroup", path, error);
+    let mut pids = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        let path: PathBuf = dir.join("cgroup.procs");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
+            Err(error) if vanished(&error) => continue,
+            Err(error) => return Err(failed(&path, &error)),
+        }
+        let entries = match std::fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if vanished(&error) => continue,
+            Err(error) => return Err(failed(&dir, &error)),
+        };
+        for entry in entries {
+            match entry.and_then(|entry| Ok((entry.file_type()?, entry.path()))) {
+                Ok((kind, path)) if kind.is_dir() => dirs.push(path),
+                Ok(_) => {}
+                Err(error) if vanished(&error) => {}
+                Err(error) => return Err(failed(&dir, &error)),
+            }
+        }
     }
+    Ok(pids)
+}
+
+/// A cgroup that is removed while it is looked at is ENOENT or, once opened, ENODEV.
+fn vanished(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::libc::ENODEV)
 }
 
 /// Removes a container from the OCI runtime when no shim is there to do it.
@@ -247,4 +281,24 @@ pub(crate) async fn delete_from_runtime(
         Err(Error::internal("delete from runtime", message))
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn processes_in_cgroups_below_count_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("container");
+        fs::create_dir_all(top.join("init.scope/deeper")).unwrap();
+        fs::write(top.join("cgroup.procs"), "").unwrap();
+        fs::write(top.join("init.scope/cgroup.procs"), "7\n8\n").unwrap();
+        fs::write(top.join("init.scope/deeper/cgroup.procs"), "9\n").unwrap();
+        let mut pids = cgroup_pids(&top).unwrap();
+        pids.sort_unstable();
+        assert_eq!(pids, [7, 8, 9]);
+        assert!(cgroup_pids(&dir.path().join("gone")).unwrap().is_empty());
+    }
 }
