@@ -212,11 +212,16 @@ impl Driver {
         );
     }
 
-    fn exited(&mut self, id: &ContainerId, exit: Exit) {
+    pub(super) fn exited(&mut self, id: &ContainerId, exit: Exit) {
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
         let started_at = match &container.state {
+            // The update's record, written beside ours, would say that it runs.
+            ContainerState::Running { .. } if container.busy == Some(super::update::UPDATING) => {
+                container.early_exit = Some(exit);
+                return;
+            }
             ContainerState::Running { started_at, .. } => *started_at,
             ContainerState::Unknown { .. } => container.status.started_at,
             // The event overtook the outcome of the start, which looks here.

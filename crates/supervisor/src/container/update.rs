@@ -11,6 +11,8 @@ use crate::Error;
 use crate::pod::{Driver, Reply, blocking};
 use crate::rundir::write_file;
 
+pub(super) const UPDATING: &str = "updating";
+
 impl Driver {
     pub(super) fn update(
         &mut self,
@@ -42,7 +44,7 @@ impl Driver {
                 return;
             }
         };
-        container.busy = Some("updating");
+        container.busy = Some(UPDATING);
         let mut status = container.status.clone();
         status.resources = merged.encode_to_vec();
         let ctx = Arc::clone(&self.ctx);
@@ -77,6 +79,10 @@ impl Driver {
                     }
                 }
                 let _ = reply.send(outcome);
+                let container = driver.containers.get_mut(&id);
+                if let Some(exit) = container.and_then(|container| container.early_exit.take()) {
+                    driver.exited(&id, exit);
+                }
             },
         );
     }
