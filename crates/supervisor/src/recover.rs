@@ -22,7 +22,7 @@ use crate::container::{Container, half_made, lost_exit, read_exit, remove_files}
 use crate::pod::{Driver, MAILBOX, Msg, blocking, end_shim, kill, release_network, sweep};
 use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
 use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
-use crate::rundir::{self, names, read_record};
+use crate::rundir::{self, RunDirs, names, read_record};
 use crate::shim::Shim;
 use crate::{Context, Error};
 
@@ -171,10 +171,10 @@ pub struct Summary {
 pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary, Error> {
     let ctx_ = Arc::clone(ctx);
     let (recorded, mut summary) = blocking(move || {
-        if rebuild {
-            restore_records(&ctx_)?;
-        }
-        load(&ctx_)
+        let unreadable = if rebuild { restore_records(&ctx_)? } else { 0 };
+        let (recorded, mut summary) = load(&ctx_)?;
+        summary.unreadable += unreadable;
+        Ok((recorded, summary))
     })
     .await?;
     ctx.unreadable
@@ -201,8 +201,9 @@ pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary
     Ok(summary)
 }
 
-/// Fills an empty store from the run directories.
-fn restore_records(ctx: &Context) -> Result<(), Error> {
+/// Fills an empty store from the run directories; returns how many records could not be read.
+fn restore_records(ctx: &Context) -> Result<usize, Error> {
+    let mut unreadable = 0;
     let step = Error::step("rebuild store");
     let dirs = &ctx.records.dirs;
     let list =
@@ -212,6 +213,11 @@ fn restore_records(ctx: &Context) -> Result<(), Error> {
             continue;
         };
         let dir = dirs.pod(&id);
+        if damaged_pod(dirs, &id) {
+            unreadable += 1;
+            tracing::error!(pod = %id, "record files cannot be read: they are kept and left alone");
+            continue;
+        }
         if let (Some(config), Some(status)) = (
             read_record::<record::PodConfig>(&dir),
             read_record::<record::PodStatus>(&dir),
@@ -227,6 +233,11 @@ fn restore_records(ctx: &Context) -> Result<(), Error> {
             continue;
         };
         let dir = dirs.container(&id);
+        if damaged_container(dirs, &id) {
+            unreadable += 1;
+            tracing::error!(container = %id, "record files cannot be read: they are kept and left alone");
+            continue;
+        }
         if let (Some(config), Some(status)) = (
             read_record::<record::ContainerConfig>(&dir),
             read_record::<record::ContainerStatus>(&dir),
@@ -237,7 +248,7 @@ fn restore_records(ctx: &Context) -> Result<(), Error> {
                 .map_err(&step)?;
         }
     }
-    Ok(())
+    Ok(unreadable)
 }
 
 /// Reads all records; what cannot be read is reported and kept.
@@ -492,11 +503,29 @@ async fn adopt(
             .try_into()
             .unwrap_or_default();
         let reserved = Reserved { id, config_hash };
+        let ready = driver.state.is_ready();
         ctx.registry
-            .adopt(PodName::from(metadata), reserved, mailbox);
+            .adopt(PodName::from(metadata), reserved, ready, mailbox);
     }
     driver.publish();
+    for id in starting(observed) {
+        driver.finish_earlier_start(&id);
+    }
     tokio::spawn(driver.run(messages));
+}
+
+/// Containers that an earlier daemon had started and whose start has not ended: nobody would
+/// hear of its outcome.
+fn starting(observed: &Observed) -> Vec<ContainerId> {
+    let containers = match observed {
+        Observed::Shim { containers, .. } => containers.as_slice(),
+        Observed::Gone | Observed::Hung => &[],
+    };
+    containers
+        .iter()
+        .filter(|seen| seen.process.is_none() && seen.exit.is_none())
+        .filter_map(|seen| seen.id.parse().ok())
+        .collect()
 }
 
 async fn recover_container(
@@ -547,14 +576,27 @@ async fn recover_container(
     Some(Container::new(facts, status))
 }
 
+/// The store was lost and the run directory's own record with it: the pod may be alive.
+fn damaged_pod(dirs: &RunDirs, id: &PodId) -> bool {
+    rundir::damaged::<record::PodConfig, record::PodStatus>(&dirs.pod(id))
+}
+
+fn damaged_container(dirs: &RunDirs, id: &ContainerId) -> bool {
+    rundir::damaged::<record::ContainerConfig, record::ContainerStatus>(&dirs.container(id))
+}
+
 /// Removes things of ours that no record names: directories, snapshots, network namespaces. Kept
 /// when a record that cannot be read may belong to them.
 fn remove_orphans(ctx: &Context) -> usize {
     let dirs = &ctx.records.dirs;
     let store = &ctx.records.store;
-    let known_pod = |id: &PodId| !matches!(store.get::<record::PodConfig>(id.as_str()), Ok(None));
-    let known_container =
-        |id: &ContainerId| !matches!(store.get::<record::ContainerConfig>(id.as_str()), Ok(None));
+    let known_pod = |id: &PodId| {
+        !matches!(store.get::<record::PodConfig>(id.as_str()), Ok(None)) || damaged_pod(dirs, id)
+    };
+    let known_container = |id: &ContainerId| {
+        !matches!(store.get::<record::ContainerConfig>(id.as_str()), Ok(None))
+            || damaged_container(dirs, id)
+    };
     let mut removed = 0;
     let mut note = |what: &str, name: &str, outcome: Result<(), String>| match outcome {
         Ok(()) => {

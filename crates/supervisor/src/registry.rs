@@ -144,8 +144,15 @@ impl Registry {
         }
     }
 
-    /// Adds a recovered pod; a name that two records claim stays with the first.
-    pub(crate) fn adopt(&self, name: PodName, pod: Reserved, mailbox: mpsc::Sender<Msg>) {
+    /// Adds a recovered pod. A name that two records claim goes to the one that is ready: what a
+    /// repeated RunPodSandbox must find.
+    pub(crate) fn adopt(
+        &self,
+        name: PodName,
+        pod: Reserved,
+        ready: bool,
+        mailbox: mpsc::Sender<Msg>,
+    ) {
         let mut maps = self.write();
         maps.pods.insert(
             pod.id.clone(),
@@ -154,7 +161,11 @@ impl Registry {
                 view: None,
             },
         );
-        maps.names.entry(name).or_insert(pod);
+        if ready {
+            maps.names.insert(name, pod);
+        } else {
+            maps.names.entry(name).or_insert(pod);
+        }
     }
 
     pub(crate) fn publish(&self, view: PodView) {

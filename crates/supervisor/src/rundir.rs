@@ -134,11 +134,37 @@ pub fn names(dir: &Path) -> io::Result<Vec<String>> {
 /// Removes a run directory with all that is in it; absent is success. Mounts below it must be
 /// gone: a busy directory is an error, never a recursion into somebody's files.
 pub fn remove_dir(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
+    match no_mount_below(path).and_then(|()| fs::remove_dir_all(path)) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(Error::io("remove run directory", path, &error)),
     }
+}
+
+/// An error when something on another file system is below `path`. remove_dir_all would empty it
+/// before it fails at the mount point.
+fn no_mount_below(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let device = fs::symlink_metadata(path)?.dev();
+    let mut dirs = vec![path.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir)? {
+            let path = entry?.path();
+            let metadata = match fs::symlink_metadata(&path) {
+                Ok(metadata) => metadata,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            if metadata.dev() != device {
+                let message = format!("{} is mounted", path.display());
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
+            }
+            if metadata.is_dir() {
+                dirs.push(path);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A record that lives as a file in a run directory beside its copy in the store.
@@ -184,6 +210,13 @@ pub fn read_record<R: RunRecord>(dir: &Path) -> Option<R> {
         .ok()
 }
 
+/// Whether a run directory holds a record that cannot be read: what it describes may be alive.
+pub fn damaged<C: RunRecord, S: RunRecord>(dir: &Path) -> bool {
+    let unreadable = |file: &str, readable: bool| dir.join(file).exists() && !readable;
+    unreadable(C::FILE, read_record::<C>(dir).is_some())
+        || unreadable(S::FILE, read_record::<S>(dir).is_some())
+}
+
 /// Writes a file by temp file and rename.
 pub fn write_file(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     use std::io::Write;
@@ -219,6 +252,41 @@ mod tests {
         fs::write(dir.path().join("status"), b"torn").unwrap();
         assert_eq!(read_record::<record::PodStatus>(dir.path()), None);
         assert_eq!(read_record::<record::PodConfig>(dir.path()), None);
+    }
+
+    #[test]
+    fn a_directory_with_a_record_that_cannot_be_read_is_damaged_and_one_without_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let is_damaged = || damaged::<record::PodConfig, record::PodStatus>(dir.path());
+        assert!(!is_damaged());
+        write_record(dir.path(), &record::PodConfig::default()).unwrap();
+        assert!(!is_damaged());
+        fs::write(dir.path().join("status"), b"torn").unwrap();
+        assert!(is_damaged());
+    }
+
+    #[test]
+    fn removal_stops_at_a_mount() {
+        use nix::mount::{MntFlags, MsFlags, mount, umount2};
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        if fs::metadata(dir.path()).unwrap().uid() != 0 {
+            println!("SKIP removal_stops_at_a_mount: needs root");
+            return;
+        }
+        let run = dir.path().join("run");
+        let point = run.join("rootfs");
+        fs::create_dir_all(&point).unwrap();
+        let none = None::<&str>;
+        mount(Some("t"), &point, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        fs::write(point.join("somebody's"), b"file").unwrap();
+        let outcome = remove_dir(&run);
+        let kept = point.join("somebody's").exists();
+        umount2(&point, MntFlags::MNT_DETACH).unwrap();
+        assert!(outcome.is_err());
+        assert!(kept);
+        remove_dir(&run).unwrap();
+        assert!(!run.exists());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::rundir::{make_dir, write_file};
 use crate::{Context, Error, failpoint};
 
 /// `reason` of a container that could not be made and not be taken back.
-const CREATE_ERROR: &str = "CreateError";
+pub(super) const CREATE_ERROR: &str = "CreateError";
 
 /// Why it was not made, and what could not be taken back.
 struct Failed {

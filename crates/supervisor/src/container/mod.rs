@@ -39,7 +39,7 @@ pub(crate) struct Container {
     pub(crate) remove: Option<Vec<Reply<()>>>,
     /// The effect under way, of which there is one at a time.
     pub(crate) busy: Option<&'static str>,
-    /// The exit came before the outcome of the start that it belongs to.
+    /// The exit came before the outcome of the start that it belongs to, or during an update.
     pub(crate) early_exit: Option<Exit>,
     /// SIGKILL did not help; cleared by the next attempt.
     pub(crate) kill_failed: bool,
@@ -77,6 +77,12 @@ impl Container {
             id: self.facts.id.to_string(),
             reason: reason.to_owned(),
         }
+    }
+
+    /// What is left of a CreateContainer that failed; it waits to be removed.
+    pub(crate) fn failed_to_be_made(&self) -> bool {
+        matches!(&self.state, ContainerState::Exited { exit, .. }
+            if exit.reason == create::CREATE_ERROR)
     }
 
     /// Takes over a status that was recorded.

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::Error;
 use crate::clock::now_ns;
-use crate::pod::{Asked, Driver, Reply, blocking};
+use crate::pod::{Asked, Driver, Reply, SHIM_ENDED, blocking};
 use crate::shim::Shim;
 
 pub(super) const STARTING: &str = "starting";
@@ -103,6 +103,14 @@ impl Driver {
         );
     }
 
+    /// Joins a start that is under way in the shim, so that its outcome is recorded.
+    pub(crate) fn finish_earlier_start(&mut self, id: &ContainerId) {
+        if self.containers.contains_key(id) {
+            let (reply, _nobody) = crate::pod::reply();
+            self.start(id, reply);
+        }
+    }
+
     fn finish_start(
         &mut self,
         id: &ContainerId,
@@ -138,7 +146,7 @@ impl Driver {
             self.container_exited(id, &exit);
         } else if unknown && self.shim.is_none() {
             // The news of the shim's end came first, when there was nothing to be lost yet.
-            self.container_lost(id, "the pod's shim ended");
+            self.container_lost(id, SHIM_ENDED);
         }
     }
 }

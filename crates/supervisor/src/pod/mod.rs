@@ -41,6 +41,9 @@ pub(crate) use teardown::{
 /// Messages that may wait in a driver's mailbox before senders are made to wait.
 pub(crate) const MAILBOX: usize = 256;
 
+/// Why a pod or container was lost whose shim is no more.
+pub(crate) const SHIM_ENDED: &str = "the pod's shim ended";
+
 pub(crate) enum Msg {
     Request(Request),
     Event(v1::event::Body),
@@ -67,6 +70,9 @@ pub(crate) struct Driver {
     remove: Option<Vec<Reply<()>>>,
     /// What the pod itself (not one of its containers) is doing.
     busy: Option<&'static str>,
+    /// Everything outside the records was taken away in this daemon's life. Records alone cannot
+    /// say so of a pod whose making or undoing was cut short.
+    swept: bool,
     /// Shim or holder ended while the pod was made.
     lost_early: Option<&'static str>,
     ended: bool,
@@ -93,6 +99,7 @@ impl Driver {
             stop: None,
             remove: None,
             busy: None,
+            swept: false,
             lost_early: None,
             ended: false,
             mailbox,
@@ -276,13 +283,15 @@ impl Driver {
 
     fn shim_exited(&mut self) {
         if self.state == PodState::Creating {
-            return self.lose("the pod's shim ended");
+            // The holder's end, which comes along, says less.
+            self.lost_early = Some(SHIM_ENDED);
+            return;
         }
         // A shim that was asked to end is no loss.
         if self.shim.take().is_none() || self.busy == Some(stop::STOPPING) {
             return;
         }
-        self.lose("the pod's shim ended");
+        self.lose(SHIM_ENDED);
         let running: Vec<_> = self
             .containers
             .iter()
@@ -290,7 +299,7 @@ impl Driver {
             .map(|(id, _)| id.clone())
             .collect();
         for id in running {
-            self.container_lost(&id, "the pod's shim ended");
+            self.container_lost(&id, SHIM_ENDED);
         }
     }
 
@@ -335,7 +344,10 @@ impl Driver {
     }
 
     pub(crate) fn add_container(&mut self, facts: Arc<ContainerFacts>, container: Container) {
-        if let Some(metadata) = &facts.config.metadata {
+        // The name of one that could not be made must not block the retry.
+        if let Some(metadata) = &facts.config.metadata
+            && !container.failed_to_be_made()
+        {
             self.container_names
                 .insert((metadata.name.clone(), metadata.attempt), facts.id.clone());
         }

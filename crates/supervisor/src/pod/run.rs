@@ -11,7 +11,7 @@ use gantry_store::record;
 use gantry_types::{ErrorKind, PodState, ProcessRef};
 use tokio::sync::mpsc;
 
-use super::{Awaited, Driver, Msg, answer, blocking, files, teardown};
+use super::{Awaited, Driver, Msg, SHIM_ENDED, answer, blocking, files, teardown};
 use crate::registry::PodFacts;
 use crate::settings::Handler;
 use crate::shim::{PROTOCOL, Shim, spawn};
@@ -136,7 +136,10 @@ impl Driver {
                 self.status = made.status;
                 self.state = made.state;
                 if let Some(reason) = self.lost_early.take() {
-                    self.lost_while_made(reason);
+                    if reason == SHIM_ENDED {
+                        self.shim = None;
+                    }
+                    self.lose(reason);
                     let error = Error::internal("make pod sandbox", reason);
                     return answer(waiters, &Err(error));
                 }

@@ -26,10 +26,7 @@ impl Driver {
 
     /// Nothing of the pod is left outside its records and run directory.
     fn stopped(&self) -> bool {
-        matches!(self.state, PodState::NotReady { .. })
-            && self.network_released()
-            && self.shim.is_none()
-            && self.status.shim.is_none()
+        matches!(self.state, PodState::NotReady { .. }) && self.network_released() && self.swept
     }
 
     fn network_released(&self) -> bool {
@@ -113,6 +110,7 @@ impl Driver {
                 driver.busy = None;
                 driver.status = status;
                 driver.shim = shim;
+                driver.swept = outcome.is_ok();
                 driver.publish();
                 if outcome.is_err() {
                     // Who wants it removed asks again too: nothing is retried without being asked.
