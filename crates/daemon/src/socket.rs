@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tokio::net::UnixListener;
 
@@ -20,24 +21,41 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
                 "is there and is no socket",
             ));
         }
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::AddrInUse,
-                    "another process listens on it",
-                ));
-            }
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path)?;
-            }
-            Err(error) => return Err(error),
-        },
+        Ok(_) => remove_stale(path)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     Ok(listener)
+}
+
+/// How long a socket may still be open in what a killed daemon left: a child between fork and
+/// execve holds its descriptors.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Removes a socket that nobody listens on.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            Ok(_) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::AddrInUse,
+                    "another process listens on it",
+                ));
+            }
+            Err(error) => {
+                return match error.kind() {
+                    io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+                    // Its owner removed it and ended.
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                };
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -50,8 +68,13 @@ mod tests {
         let path = dir.path().join("run/gantry.sock");
         let first = listen(&path).unwrap();
         assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        drop(first);
+        // What a killed daemon left may hold it for a moment longer.
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(PATIENCE / 10);
+            drop(first);
+        });
         let again = listen(&path).unwrap();
+        late.join().unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o660);
         drop(again);
