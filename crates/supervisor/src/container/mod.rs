@@ -41,6 +41,9 @@ pub(crate) struct Container {
     pub(crate) busy: Option<&'static str>,
     /// The exit came before the outcome of the start that it belongs to, or during an update.
     pub(crate) early_exit: Option<Exit>,
+    /// Its end is being recorded. News of it comes by several ways, and a second record could be
+    /// written after the container's removal.
+    pub(crate) end_noted: bool,
     /// SIGKILL did not help; cleared by the next attempt.
     pub(crate) kill_failed: bool,
 }
@@ -57,6 +60,7 @@ impl Container {
             remove: None,
             busy: None,
             early_exit: None,
+            end_noted: false,
             kill_failed: false,
         }
     }

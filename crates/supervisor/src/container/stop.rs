@@ -216,6 +216,9 @@ impl Driver {
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
+        if container.end_noted {
+            return;
+        }
         let started_at = match &container.state {
             // The update's record, written beside ours, would say that it runs.
             ContainerState::Running { .. } if container.busy == Some(super::update::UPDATING) => {
@@ -233,6 +236,7 @@ impl Driver {
             ContainerState::Created => 0,
             ContainerState::Creating | ContainerState::Exited { .. } => return,
         };
+        container.end_noted = true;
         // We note a start when its answer arrives; a short command has ended by then.
         let started_at = started_at.min(exit.finished_at);
         let state = ContainerState::Exited { exit, started_at };
