@@ -1,6 +1,6 @@
 //! Images made in memory: good ones, and bad ones on purpose.
 //!
-//! ```ignore
+//! ```text
 //! let layer = Layer::new().dir("etc", 0o755).file("etc/motd", b"hello");
 //! let image = ImageBuilder::new().layer(layer, Compression::Gzip).cmd(["/bin/sh"]).build();
 //! ```

@@ -1,6 +1,6 @@
 //! A read-only registry on the loopback that can misbehave.
 //!
-//! ```ignore
+//! ```text
 //! let registry = Registry::start().await?;
 //! registry.add("library/app", "v1", &image);
 //! registry.behave(|b| b.cut_after = Some((1000, 1)));

@@ -531,6 +531,8 @@ pub struct Exec {
 /// The text of the records of a log, stream and tag included.
 pub fn records(log: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(log).unwrap_or_default();
+    // A reader may meet a write half done: what has no end yet is not a record yet.
+    let text = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
     // Not `lines`, which would swallow a terminal's carriage returns.
     text.split_terminator('\n')
         .map(|line| line[31..].to_owned())
