@@ -187,60 +187,70 @@ impl Supervisor {
         let name = PodName::from(metadata);
         let config_hash = hash(&[&config.encode_to_vec(), handler.as_bytes()]);
         loop {
+            // Before anything that a second pod would need: the one there is needs none of it.
+            if let Some(holder) = self.ctx.registry.holder(&name) {
+                match self.join(&name, &holder, config_hash).await? {
+                    Some(id) => return Ok(id),
+                    // What has the name is stopped: it stays until it is removed, and this
+                    // request makes the pod anew.
+                    None => self.ctx.registry.release_name(&name, &holder.id),
+                }
+            }
             let facts = Arc::new(self.pod_facts(&config, &handler, config_hash)?);
             let (mailbox, messages) = mpsc::channel(MAILBOX);
             let new = Reserved {
                 id: facts.id.clone(),
                 config_hash,
             };
-            match self
+            let reserved = self
                 .ctx
                 .registry
-                .reserve(name.clone(), new, mailbox.clone())
-            {
-                Ok(()) => {
-                    let mut driver = Driver::new(
-                        Arc::clone(&self.ctx),
-                        facts,
-                        record::PodStatus::default(),
-                        PodState::Creating,
-                        mailbox.clone(),
-                    );
-                    driver.begin_run();
-                    tokio::spawn(driver.run(messages));
-                    let awaited = self.ask(&mailbox, Request::AwaitReady).await;
-                    return match awaited? {
-                        Awaited::Ready(id) => Ok(id),
-                        Awaited::Ended => Err(Error::State {
-                            what: "pod sandbox",
-                            id: name.to_string(),
-                            reason: "it was stopped while it was made".to_owned(),
-                        }),
-                    };
-                }
-                Err(holder) if holder.config_hash != config_hash => {
-                    return Err(Error::NameInUse {
-                        what: "pod sandbox",
-                        name: name.to_string(),
-                        id: holder.id.to_string(),
-                    });
-                }
-                Err(holder) => {
-                    let joined = match self.ctx.registry.mailbox(&holder.id) {
-                        Some(mailbox) => self.ask(&mailbox, Request::AwaitReady).await,
-                        None => Ok(Awaited::Ended),
-                    };
-                    match joined {
-                        Ok(Awaited::Ready(id)) => return Ok(id),
-                        // What has the name is stopped: it stays until it is removed, and this
-                        // request makes the pod anew.
-                        Ok(Awaited::Ended) | Err(Error::NotFound { .. }) => {
-                            self.ctx.registry.release_name(&name, &holder.id);
-                        }
-                        Err(error) => return Err(error),
-                    }
-                }
+                .reserve(name.clone(), new, mailbox.clone());
+            if reserved.is_err() {
+                // Somebody was quicker: join.
+                continue;
             }
+            let mut driver = Driver::new(
+                Arc::clone(&self.ctx),
+                facts,
+                record::PodStatus::default(),
+                PodState::Creating,
+                mailbox.clone(),
+            );
+            driver.begin_run();
+            tokio::spawn(driver.run(messages));
+            return match self.ask(&mailbox, Request::AwaitReady).await? {
+                Awaited::Ready(id) => Ok(id),
+                Awaited::Ended => Err(Error::State {
+                    what: "pod sandbox",
+                    id: name.to_string(),
+                    reason: "it was stopped while it was made".to_owned(),
+                }),
+            };
+        }
+    }
+
+    /// Waits for the pod that has the name; `None` when it has ended.
+    async fn join(
+        &self,
+        name: &PodName,
+        holder: &Reserved,
+        config_hash: [u8; 32],
+    ) -> Result<Option<PodId>, Error> {
+        if holder.config_hash != config_hash {
+            return Err(Error::NameInUse {
+                what: "pod sandbox",
+                name: name.to_string(),
+                id: holder.id.to_string(),
+            });
+        }
+        let Some(mailbox) = self.ctx.registry.mailbox(&holder.id) else {
+            return Ok(None);
+        };
+        match self.ask(&mailbox, Request::AwaitReady).await {
+            Ok(Awaited::Ready(id)) => Ok(Some(id)),
+            Ok(Awaited::Ended) | Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

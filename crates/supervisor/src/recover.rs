@@ -355,7 +355,17 @@ async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
     }
     let state = match action {
         PodAction::Undo => {
-            if let Err(error) = undo_pod(ctx, &pod, shim.take()).await {
+            // Bounded: a plugin that hangs must not keep the whole node from being served. The
+            // pod is then listed, and its removal runs the plugin again.
+            let limit = ctx.settings.timeouts.recovery;
+            let undone = tokio::time::timeout(limit, undo_pod(ctx, &pod, shim.take())).await;
+            let undone = undone.unwrap_or_else(|_| {
+                Err(Error::Deadline {
+                    what: "clean-up of a half-made pod".to_owned(),
+                    seconds: limit.as_secs(),
+                })
+            });
+            if let Err(error) = undone {
                 tracing::error!(pod = %pod.facts.id, %error, "half-made pod is left to be removed");
                 PodState::NotReady {
                     reason: format!("half made; {error}"),

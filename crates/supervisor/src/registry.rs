@@ -136,6 +136,11 @@ impl Registry {
         Ok(())
     }
 
+    /// Who has a name.
+    pub(crate) fn holder(&self, name: &PodName) -> Option<Reserved> {
+        self.read().names.get(name).cloned()
+    }
+
     /// Gives a name back, if `id` still has it.
     pub(crate) fn release_name(&self, name: &PodName, id: &PodId) {
         let mut maps = self.write();
