@@ -472,3 +472,106 @@ impl AsFd for ArcFd {
         self.0.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gantry_testkit::fake_shim::{Answer, FakeShim};
+    use gantry_types::Kind;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// A fake for `pod`, and our connection to it.
+    async fn connected(
+        answer: impl Fn(request::Body) -> Answer + Send + 'static,
+    ) -> (tempfile::TempDir, FakeShim, Arc<Shim>, mpsc::Receiver<Msg>) {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = PodId::from_random([7; 32]);
+        let socket = dir.path().join("shim.sock");
+        let fake = FakeShim::start(&socket, pod.as_str(), answer).unwrap();
+        let (mailbox, messages) = mpsc::channel(8);
+        let (shim, hello) = Shim::connect(&pod, &socket, LIMIT, mailbox).await.unwrap();
+        assert_eq!(hello.pod_id, pod.as_str());
+        (dir, fake, shim, messages)
+    }
+
+    fn delete(id: &str) -> request::Body {
+        request::Body::Delete(v1::Delete {
+            container_id: id.to_owned(),
+        })
+    }
+
+    #[tokio::test]
+    async fn the_shim_of_another_pod_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("shim.sock");
+        let _fake = FakeShim::start(&socket, "another", |_| Answer::Silence).unwrap();
+        let (mailbox, _messages) = mpsc::channel(8);
+        let pod = PodId::from_random([7; 32]);
+        let error = Shim::connect(&pod, &socket, LIMIT, mailbox)
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("another"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_keeps_kind_and_words_and_the_next_call_is_served() {
+        let (_dir, _fake, shim, _messages) = connected(|body| match body {
+            request::Body::Delete(delete) if delete.container_id == "bad" => {
+                Answer::Body(message::Body::Error(v1::Error {
+                    kind: v1::ErrorKind::FailedPrecondition.into(),
+                    message: "it runs".to_owned(),
+                }))
+            }
+            _ => Answer::Body(message::Body::Done(v1::Done {})),
+        })
+        .await;
+        let error = shim.done(delete("bad"), LIMIT).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        assert!(error.to_string().contains("it runs"), "{error}");
+        shim.done(delete("good"), LIMIT).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_never_comes_ends_one_call_alone() {
+        let (_dir, _fake, shim, _messages) = connected(|body| match body {
+            request::Body::Delete(delete) if delete.container_id == "lost" => Answer::Silence,
+            _ => Answer::Body(message::Body::Done(v1::Done {})),
+        })
+        .await;
+        let lost = shim.done(delete("lost"), Duration::from_millis(50));
+        let (lost, good) = tokio::join!(lost, shim.done(delete("good"), LIMIT));
+        assert_eq!(lost.unwrap_err().kind(), ErrorKind::Unavailable);
+        good.unwrap();
+        assert!(lock(&shim.waiting.replies).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_lost_connection_is_told_to_callers_and_to_the_driver() {
+        let (_dir, _fake, shim, mut messages) = connected(|_| Answer::HangUp).await;
+        let exec = shim.exec_exit("exec");
+        let error = shim.done(delete("any"), LIMIT).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(exec.await.is_err());
+        assert!(matches!(messages.recv().await, Some(Msg::Disconnected)));
+    }
+
+    #[tokio::test]
+    async fn events_go_to_the_driver_and_ends_of_execs_to_who_waits() {
+        let (_dir, fake, shim, mut messages) = connected(|_| Answer::Silence).await;
+        let exec = shim.exec_exit("exec");
+        let mut connection = fake.connection();
+        connection.event(v1::event::Body::ExecExited(v1::ExecExited {
+            container_id: "c".to_owned(),
+            exec_id: "exec".to_owned(),
+            code: 7,
+        }));
+        connection.event(v1::event::Body::HolderExited(v1::HolderExited {}));
+        assert_eq!(exec.await.unwrap(), 7);
+        let event = messages.recv().await;
+        assert!(matches!(
+            event,
+            Some(Msg::Event(v1::event::Body::HolderExited(_)))
+        ));
+    }
+}
