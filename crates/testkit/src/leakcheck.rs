@@ -347,6 +347,11 @@ mod tests {
             .stdin(std::process::Stdio::piped())
             .spawn()
             .unwrap();
+        // The arguments of a process may show a moment after it was started.
+        let cmdline = format!("/proc/{}/cmdline", sleeper.id());
+        while !fs::read_to_string(&cmdline).is_ok_and(|text| text.contains("read _")) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         let after = places.snapshot(vec!["lo".into(), "veth1".into()], None);
         let leaks = before.leaks(&after);
         sleeper.kill().unwrap();
