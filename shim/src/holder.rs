@@ -290,7 +290,8 @@ fn live(
     if !told || !go() {
         return 1;
     }
-    let _ = process::close_from(0);
+    // All but the sysfs.
+    let _ = process::close_from(1);
     gantry_sys::memory::pause_forever(ranges)
 }
 
@@ -308,6 +309,13 @@ fn enter(
     }
     if namespaces.net {
         namespace::raise_loopback().map_err(step("raise lo"))?;
+        // Else the first container of the pod would decide for all: a privileged one that starts
+        // after an ordinary one would find its /sys read-only. Nobody is privileged in a pod with
+        // a user namespace.
+        if !namespaces.user {
+            let sysfs = gantry_sys::mount::detached_sysfs().map_err(step("mount sysfs"))?;
+            process::replace_stdio(sysfs, 0).map_err(step("keep sysfs"))?;
+        }
     }
     if namespaces.uts && !spec.hostname.is_empty() {
         namespace::set_hostname(&spec.hostname).map_err(step("set host name"))?;

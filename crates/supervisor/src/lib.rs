@@ -197,6 +197,7 @@ impl Supervisor {
                 }
             }
             let facts = Arc::new(self.pod_facts(&config, &handler, config_hash)?);
+            self.take_back(&name).await;
             let (mailbox, messages) = mpsc::channel(MAILBOX);
             let new = Reserved {
                 id: facts.id.clone(),
@@ -228,6 +229,23 @@ impl Supervisor {
                 }),
             };
         }
+    }
+
+    /// Removes what earlier attempts at this pod have left. What still cannot be removed (a
+    /// plugin that fails at DEL) stays listed and does not hold up the next attempt; a plugin that
+    /// hangs is waited for no longer than recovery would, and the removal goes on without us.
+    async fn take_back(&self, name: &PodName) {
+        let limit = self.ctx.settings.timeouts.recovery;
+        let left = self.ctx.registry.half_made(name);
+        futures::future::join_all(left.iter().map(async |pod| {
+            let id = pod.facts.id.as_str();
+            match tokio::time::timeout(limit, self.remove_pod(id)).await {
+                Ok(Ok(())) => tracing::info!(pod = id, "half-made pod taken back"),
+                Ok(Err(error)) => tracing::warn!(pod = id, %error, "half-made pod stays"),
+                Err(_) => tracing::warn!(pod = id, ?limit, "half-made pod is still being removed"),
+            }
+        }))
+        .await;
     }
 
     /// Waits for the pod that has the name; `None` when it has ended.

@@ -336,7 +336,7 @@ fn container_facts(record: record::ContainerConfig) -> Result<ContainerFacts, St
     })
 }
 
-async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
+async fn recover_pod(ctx: &Arc<Context>, mut pod: Recorded) {
     let (mailbox, messages) = mpsc::channel(MAILBOX);
     let (shim, mut observed) = observe(ctx, &pod, &mailbox).await;
     let recorded = pod_state(&pod.status);
@@ -367,6 +367,7 @@ async fn recover_pod(ctx: &Arc<Context>, pod: Recorded) {
             });
             if let Err(error) = undone {
                 tracing::error!(pod = %pod.facts.id, %error, "half-made pod is left to be removed");
+                pod.status.half_made = true;
                 PodState::NotReady {
                     reason: format!("half made; {error}"),
                 }

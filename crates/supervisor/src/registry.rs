@@ -34,6 +34,8 @@ pub struct ContainerFacts {
 pub struct PodView {
     pub facts: Arc<PodFacts>,
     pub state: PodState,
+    /// Never ready, and not taken back yet: no caller has been given its id.
+    pub half_made: bool,
     /// Primary first; empty with host network.
     pub ips: Vec<String>,
     /// Raw result of the network plugin.
@@ -212,6 +214,16 @@ impl Registry {
             .values()
             .filter_map(|entry| entry.view.clone())
             .collect()
+    }
+
+    /// Pods of this name that failed to be made and still have to be taken back.
+    pub(crate) fn half_made(&self, name: &PodName) -> Vec<Arc<PodView>> {
+        let mut pods = self.pods();
+        pods.retain(|pod| {
+            let metadata = pod.facts.config.metadata.as_ref();
+            pod.half_made && metadata.is_some_and(|metadata| PodName::from(metadata) == *name)
+        });
+        pods
     }
 
     /// The pod whose id is, or uniquely begins with, `id`.

@@ -1,6 +1,7 @@
-//! Bind mounts and unmounting, for the pins of namespaces.
+//! Bind mounts and unmounting, for the pins of namespaces; a mount that is in no tree.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -9,6 +10,23 @@ use rustix::mount::{self as rm, UnmountFlags};
 /// Bind mount of one file or directory, without what is mounted below it.
 pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
     Ok(rm::mount_bind(source, target)?)
+}
+
+/// The sysfs of this process's network namespace, writable and mounted nowhere: it lasts as long
+/// as the descriptor. All mounts of one network namespace's sysfs share a superblock, which stays
+/// read-only for all of them if the mount(2) that made it asked for that (sget_fc(), fs/super.c).
+pub fn detached_sysfs() -> io::Result<OwnedFd> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+    let context = rm::fsopen("sysfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rm::fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    Ok(rm::fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        attributes,
+    )?)
 }
 
 /// Takes every mount off `target`, however many are stacked; none, or no such file, is success.

@@ -185,6 +185,7 @@ impl Driver {
         self.ctx.registry.publish(PodView {
             facts: Arc::clone(&self.facts),
             state: self.state.clone(),
+            half_made: self.status.half_made,
             ips: self.status.ips.clone(),
             network_result: self.status.network_result.clone(),
             containers,

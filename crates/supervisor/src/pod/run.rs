@@ -136,6 +136,7 @@ impl Driver {
                 self.status = made.status;
                 self.state = made.state;
                 if let Some(reason) = self.lost_early.take() {
+                    self.status.half_made = true;
                     if reason == SHIM_ENDED {
                         self.shim = None;
                     }
@@ -156,6 +157,7 @@ impl Driver {
                 left: Some(left),
             }) => {
                 tracing::error!(pod = %self.id(), %error, left, "a failed pod is left to be removed");
+                self.status.half_made = true;
                 self.set_state(PodState::NotReady {
                     reason: format!("{error}; {left}"),
                 });
@@ -181,6 +183,7 @@ async fn make(
                 let (ctx, id) = (Arc::clone(ctx), facts.id.clone());
                 let mut status = record::PodStatus {
                     reason: format!("{error}; {left}"),
+                    half_made: true,
                     ..Default::default()
                 };
                 status.set_phase(record::PodPhase::NotReady);

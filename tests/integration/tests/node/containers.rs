@@ -192,9 +192,9 @@ fn capabilities_and_privileges() {
             .as_mut()
             .unwrap()
             .privileged = true;
-        // With a network of its own: containers of one network share one sysfs, and the kernel keeps
-        // it as read-only as the first that mounted it asked.
         let privileged_pod = node.run_pod(&privileged_pod).await;
+        // It comes second: all mounts of one network's sysfs share what the first has asked for.
+        let beside = node.run(&privileged_pod, &sleeper("beside", &image)).await;
         let mut config = sleeper("all", &image);
         security(&mut config).privileged = true;
         let all = node.run(&privileged_pod, &config).await;
@@ -210,11 +210,16 @@ fn capabilities_and_privileges() {
             node.sh(&all, "grep -c ' /sys sysfs rw' /proc/mounts").await,
             "1"
         );
-        assert_eq!(
-            node.sh(&plain, "grep -c ' /sys sysfs ro' /proc/mounts")
-                .await,
-            "1"
-        );
+        let txqueuelen = "/sys/class/net/lo/tx_queue_len";
+        let write = format!("echo 7 >{txqueuelen}; cat {txqueuelen}");
+        assert_eq!(node.sh(&all, &write).await, "7");
+        for ordinary in [&plain, &beside] {
+            let mounted = "grep -c ' /sys sysfs ro' /proc/mounts";
+            assert_eq!(node.sh(ordinary, mounted).await, "1");
+            let refused = format!("echo 8 2>/dev/null >{txqueuelen} || cat {txqueuelen}");
+            let stays = node.sh(ordinary, &refused).await;
+            assert_ne!(stays, "8");
+        }
         assert_eq!(
             node.sh(&all, "test -c /dev/kmsg && echo there").await,
             "there"

@@ -3,7 +3,7 @@
 use gantry_integration::{
     FAULTY, Fault, Node, busybox_image, on_node, on_plain_node, refused, script_config, sleeper,
 };
-use gantry_testkit::cri::v1::{ContainerState, PortMapping};
+use gantry_testkit::cri::v1::{ContainerState, PodSandboxState, PortMapping};
 use gantry_testkit::cri::{container_config, security};
 use gantry_testkit::daemon::Options;
 use gantry_testkit::image::{Compression, ImageBuilder, Layer, OCI_MANIFEST};
@@ -316,6 +316,43 @@ fn a_plugin_that_fails_at_add() {
         let pod = node.run_pod(&config).await;
         assert!(!node.ip(&pod).await.is_empty());
     });
+}
+
+#[test]
+fn a_half_made_pod_is_taken_back_by_the_next_attempt() {
+    on_plain_node(
+        "a_half_made_pod_is_taken_back_by_the_next_attempt",
+        async |node| {
+            let faults = node.daemon.plugin_faults().clone();
+            let config = node.pod_config("half-made");
+            // Each attempt owes the plugin a DEL of its own, so each stays listed while that fails.
+            faults.set("ADD", Fault::FailAfter);
+            faults.set("DEL", Fault::Fail);
+            for attempts in 1..=2 {
+                node.client.run_pod(&config).await.unwrap_err();
+                let left = node.client.list_pods(None).await.unwrap();
+                assert_eq!(left.len(), attempts);
+                assert!(
+                    left.iter()
+                        .all(|pod| pod.state() == PodSandboxState::SandboxNotready)
+                );
+            }
+            // Also what an earlier daemon left.
+            node.kill_and_start_again().await;
+            assert_eq!(node.client.list_pods(None).await.unwrap().len(), 2);
+            // DEL fails still: that does not block the attempt which works.
+            faults.clear("ADD");
+            let pod = node.run_pod(&config).await;
+            assert_eq!(node.client.list_pods(None).await.unwrap().len(), 3);
+            faults.clear("DEL");
+            node.client.remove_pod(&pod.id).await.unwrap();
+            let again = node.run_pod(&config).await;
+            let listed = node.client.list_pods(None).await.unwrap();
+            assert_eq!(listed.len(), 1, "{listed:?}");
+            assert_eq!(listed[0].id, again.id);
+            assert_eq!(addresses(node), [node.ip(&again).await]);
+        },
+    );
 }
 
 #[test]
