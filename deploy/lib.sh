@@ -1,4 +1,4 @@
-# Shell functions that deploy/run, tests/run and tests/bench/run share. Sourced, never run.
+# Shell functions that deploy/run, tests/run and the scripts below tests share. Sourced, never run.
 # Expects: bash, set -euo pipefail.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -180,29 +180,34 @@ install_changed() {
     INSTALLED=$((INSTALLED + 1))
 }
 
+# Prints the path of the program $1, built from the Go module in directory $2 by `go $3`, with the
+# arguments that follow. Built again only if the module or the arguments have changed.
+go_tool() {
+    local name=$1 module=$2 command=$3 tools=$CARGO_TARGET_DIR/tools pin go
+    shift 3
+    pin=$({ cat "$module"/go.{mod,sum}; echo "$command $*"; } | sha256sum | cut -d' ' -f1)
+    if [ -x "$tools/$name" ] && [ "$(cat "$tools/$name.pin" 2>/dev/null)" = "$pin" ]; then
+        echo "$tools/$name"
+        return
+    fi
+    go=$(find_go) || return 1
+    say "building $name" >&2
+    mkdir -p "$tools"
+    if ! (cd "$module" && "$go" "$command" -mod=readonly -o "$tools/$name" "$@") >&2; then
+        say "$name could not be built" >&2
+        return 1
+    fi
+    echo "$pin" >"$tools/$name.pin"
+    echo "$tools/$name"
+}
+
 # Prints the path of crictl: $CRICTL, the pinned one that was built here before, one built now if
 # there is Go, or the one in PATH. Fails if there is none.
 find_crictl() {
-    local tools=$CARGO_TARGET_DIR/tools pin go
     if [ -n "${CRICTL:-}" ]; then echo "$CRICTL"; return; fi
-    pin=$(cat "$REPO"/tests/conformance/go.{mod,sum} | sha256sum | cut -d' ' -f1)
-    if [ -x "$tools/crictl" ] && [ "$(cat "$tools/crictl.pin" 2>/dev/null)" = "$pin" ]; then
-        echo "$tools/crictl"
-        return
-    fi
-    if go=$(find_go); then
-        say "building crictl" >&2
-        mkdir -p "$tools"
-        if (cd "$REPO/tests/conformance" && "$go" build -mod=readonly -o "$tools/crictl" \
-            -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$(crictl_version)" \
-            sigs.k8s.io/cri-tools/cmd/crictl) >&2; then
-            echo "$pin" >"$tools/crictl.pin"
-            echo "$tools/crictl"
-            return
-        fi
-        say "crictl could not be built" >&2
-    fi
-    command -v crictl
+    go_tool crictl "$REPO/tests/conformance" build \
+        -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$(crictl_version)" \
+        sigs.k8s.io/cri-tools/cmd/crictl || command -v crictl
 }
 
 crictl_version() { sed -n 's/.*sigs.k8s.io\/cri-tools v\([^ ]*\).*/\1/p' "$REPO/tests/conformance/go.mod"; }

@@ -1,12 +1,15 @@
-// The tools that speak CRI to gantry from outside, pinned: crictl and critest.
+// The tools that speak CRI to gantry from outside, pinned: crictl, critest, and ginkgo, by which
+// critest runs its specs in parallel.
 //
 //	go build -o DIR -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=1.36.0" sigs.k8s.io/cri-tools/cmd/crictl
+//	go build -o DIR github.com/onsi/ginkgo/v2/ginkgo
 //	go test -c -o DIR/critest sigs.k8s.io/cri-tools/cmd/critest
 module gantry/conformance
 
 go 1.26.2
 
 tool (
+	github.com/onsi/ginkgo/v2/ginkgo
 	sigs.k8s.io/cri-tools/cmd/crictl
 	sigs.k8s.io/cri-tools/cmd/critest
 )

@@ -73,6 +73,14 @@ impl Compression {
         }
     }
 
+    fn of(media_type: &str) -> Self {
+        match media_type.rsplit(['.', '+']).next() {
+            Some("gzip") => Compression::Gzip,
+            Some("zstd") => Compression::Zstd,
+            _ => Compression::Plain,
+        }
+    }
+
     fn media_type(self, types: Types) -> &'static str {
         match (types, self) {
             (Types::Docker, Compression::Gzip) => {
@@ -309,6 +317,8 @@ impl Image {
 /// Builds an [`Image`].
 #[derive(Clone, Debug)]
 pub struct ImageBuilder {
+    /// Layers of another image, packed already, with their diff ids.
+    base: Vec<(Digest, Compression, Blob)>,
     layers: Vec<(Vec<u8>, Compression)>,
     config: Value,
     platform: (String, String, String),
@@ -329,11 +339,22 @@ impl ImageBuilder {
             other => other,
         };
         Self {
+            base: Vec::new(),
             layers: Vec::new(),
             config: json!({}),
             platform: ("linux".to_owned(), architecture.to_owned(), String::new()),
             types: Types::Oci,
         }
+    }
+
+    /// Begins with the layers of `image`, as they are; the configuration is not taken along.
+    pub fn on(image: &Image) -> Self {
+        let mut builder = Self::new();
+        let layers = image.diff_ids.iter().zip(&image.layers);
+        builder.base = layers
+            .map(|(id, blob)| (id.clone(), Compression::of(&blob.media_type), blob.clone()))
+            .collect();
+        builder
     }
 
     #[must_use]
@@ -378,14 +399,19 @@ impl ImageBuilder {
     }
 
     pub fn build(self) -> Image {
-        let diff_ids: Vec<Digest> = self.layers.iter().map(|(tar, _)| digest(tar)).collect();
-        let layers: Vec<Blob> = self
-            .layers
-            .iter()
-            .map(|(tar, compression)| {
-                Blob::new(compression.media_type(self.types), compression.pack(tar))
-            })
-            .collect();
+        let (mut diff_ids, mut layers) = (Vec::new(), Vec::new());
+        for (id, compression, mut blob) in self.base {
+            compression
+                .media_type(self.types)
+                .clone_into(&mut blob.media_type);
+            diff_ids.push(id);
+            layers.push(blob);
+        }
+        for (tar, compression) in &self.layers {
+            diff_ids.push(digest(tar));
+            let media_type = compression.media_type(self.types);
+            layers.push(Blob::new(media_type, compression.pack(tar)));
+        }
         let (os, architecture, variant) = &self.platform;
         let mut config = json!({
             "created": "2024-01-01T00:00:00Z",

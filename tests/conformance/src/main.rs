@@ -1,0 +1,197 @@
+//! Runs critest, the Kubernetes CRI conformance suite, against a gantryd of its own.
+//!
+//! `tests/conformance/run` makes the place to run in (namespaces, programs, packages) and calls
+//! this program once per OCI runtime. The node has directories, socket, network and cgroups of its
+//! own, and a registry on its loopback that answers for the registries that critest's images are
+//! named after. After each run of the suite nothing may be left of its pods.
+
+mod critest;
+mod debian;
+mod images;
+mod report;
+mod runtime;
+mod skips;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use gantry_testkit::daemon::{Daemon, Options};
+
+use critest::Mode;
+use report::Outcome;
+use runtime::Facts;
+use skips::Skips;
+
+/// Lines of a failed spec's message that are shown.
+const SHOWN: usize = 12;
+
+#[derive(Parser)]
+#[command(about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print the Debian packages that the images are made of, one a line; names after the first
+    /// are those that it has in other releases
+    Packages,
+    /// Run the suite
+    Suite(Suite),
+}
+
+#[derive(Args)]
+struct Suite {
+    #[arg(long, value_name = "FILE")]
+    critest: PathBuf,
+    /// OCI runtime to run containers with
+    #[arg(long, value_name = "FILE")]
+    runtime: PathBuf,
+    /// Directory with the packages that `packages` names
+    #[arg(long, value_name = "DIR")]
+    packages: PathBuf,
+    /// List of specs that may be skipped
+    #[arg(long, value_name = "FILE")]
+    skips: PathBuf,
+    /// Directory for logs and reports
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Number of processes of each run in turn, on one daemon
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "4")]
+    modes: Vec<Mode>,
+    /// For critest
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+/// Sums over all runs.
+#[derive(Default)]
+struct Totals {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+fn main() -> Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Packages => {
+            for names in images::PACKAGES {
+                println!("{}", names.join(" "));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Suite(suite) => {
+            let totals = suite.run()?;
+            println!(
+                "{} passed, {} failed, {} skipped",
+                totals.passed, totals.failed, totals.skipped
+            );
+            Ok(match totals.failed {
+                0 => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            })
+        }
+    }
+}
+
+impl Suite {
+    fn run(&self) -> Result<Totals> {
+        let facts = Facts::ask(&self.runtime)?;
+        let skips = Skips::read(&self.skips, &facts)?;
+        let version = runtime::version(&self.runtime)?;
+        let mut daemon = self.node().context("start gantryd")?;
+        let registry = daemon.netns().registry().context("registry")?;
+        let pinned = images::publish(&registry, &self.packages).context("images")?;
+        for host in images::HOSTS {
+            let dir = daemon.path("certs.d").join(host);
+            std::fs::create_dir(&dir)?;
+            // The server too, so that nothing is ever asked of the real one.
+            let hosts = format!("server = {:?}\n", registry.url());
+            std::fs::write(dir.join("hosts.toml"), hosts)?;
+        }
+        let program = daemon.path("bin/critest");
+        critest::pin(&self.critest, &pinned, &program)?;
+        let tokio = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        tokio.block_on(daemon.ready())?;
+
+        let mut totals = Totals::default();
+        for (number, mode) in (1..).zip(&self.modes) {
+            println!(
+                "== critest, {version}, {mode}, run {number} of {}",
+                self.modes.len()
+            );
+            let dir = self.out.join(number.to_string());
+            std::fs::create_dir_all(&dir)?;
+            let run = critest::Run {
+                critest: &program,
+                mode: *mode,
+                skip: skips.not_run().collect(),
+                arguments: &self.arguments,
+                dir: &dir,
+            };
+            self.one(&run, &daemon, &skips, &mut totals)?;
+            std::fs::write(dir.join("gantryd.log"), daemon.log())?;
+        }
+        let status = daemon.terminate().context("SIGTERM to gantryd")?;
+        anyhow::ensure!(status.success(), "gantryd: {status}");
+        Ok(totals)
+    }
+
+    fn node(&self) -> Result<Daemon> {
+        let config = format!(
+            "[runtime]\ndefault = \"tested\"\n[runtime.handlers.tested]\nbinary = {:?}\n",
+            self.runtime
+        );
+        Ok(Daemon::start(Options::default().config(&config))?)
+    }
+
+    /// One run of the suite, and what it left.
+    fn one(
+        &self,
+        run: &critest::Run<'_>,
+        daemon: &Daemon,
+        skips: &Skips,
+        totals: &mut Totals,
+    ) -> Result<()> {
+        let started = Instant::now();
+        let before = daemon.snapshot();
+        let report = run.run(daemon)?;
+        let outcome = Outcome::read(&report, skips, self.arguments.is_empty())?;
+        for ((specs, reason), count) in &outcome.skipped {
+            println!("SKIP {count} x {specs}: {reason}");
+        }
+        for (spec, message) in &outcome.failed {
+            println!("FAIL {spec}");
+            for line in message.lines().take(SHOWN) {
+                println!("       {line}");
+            }
+        }
+        let skipped: usize = outcome.skipped.values().sum();
+        println!(
+            "     {} passed, {} failed, {skipped} skipped in {} s",
+            outcome.passed,
+            outcome.failed.len(),
+            started.elapsed().as_secs()
+        );
+        totals.passed += outcome.passed;
+        totals.failed += outcome.failed.len();
+        totals.skipped += skipped;
+
+        let leaks = daemon.leaks(&before);
+        if leaks.is_empty() {
+            println!("ok   nothing is left of its pods");
+            totals.passed += 1;
+        } else {
+            println!("FAIL something is left of its pods");
+            leaks.iter().for_each(|leak| println!("       {leak}"));
+            totals.failed += 1;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,136 @@
+//! What critest did, from ginkgo's JSON report, held against the list of skips.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::skips::Skips;
+
+/// What ended well, as ginkgo spells it.
+const PASSED: &str = "passed";
+/// What was not selected, or skipped itself.
+const SKIPPED: &str = "skipped";
+/// Marked as pending in critest's source.
+const PENDING: &str = "pending";
+
+/// Nodes that are specs; all others are the suite's own.
+const SPEC: &str = "It";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Suite {
+    #[serde(default)]
+    spec_reports: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    /// `null` for the suite's own nodes.
+    container_hierarchy_texts: Option<Vec<String>>,
+    leaf_node_type: String,
+    #[serde(default)]
+    leaf_node_text: String,
+    state: String,
+    failure: Option<Failure>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Failure {
+    #[serde(default)]
+    message: String,
+}
+
+/// How one run of critest ended.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    pub passed: usize,
+    /// Specs with what they said.
+    pub failed: Vec<(String, String)>,
+    /// Skips that the list allows: how many specs by the line's specs, and its reason.
+    pub skipped: BTreeMap<(String, String), usize>,
+    /// Specs that the caller did not select.
+    pub not_selected: usize,
+}
+
+impl Outcome {
+    /// Reads a report. `selected` is false if the caller chose among the specs.
+    pub fn read(report: &Path, skips: &Skips, all: bool) -> Result<Self> {
+        let about = || format!("report {}", report.display());
+        let text = std::fs::read(report).with_context(about)?;
+        let suites: Vec<Suite> = serde_json::from_slice(&text).with_context(about)?;
+        Ok(Self::of(&suites, skips, all))
+    }
+
+    fn of(suites: &[Suite], skips: &Skips, all: bool) -> Self {
+        let mut outcome = Self::default();
+        let entries = suites.iter().flat_map(|suite| &suite.spec_reports);
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.name();
+            if entry.leaf_node_type != SPEC {
+                if entry.state != PASSED {
+                    outcome
+                        .failed
+                        .push((entry.leaf_node_type.clone(), entry.message()));
+                }
+                continue;
+            }
+            outcome.judge(&name, entry, skips, all);
+            names.push(name);
+        }
+        for skip in skips.iter() {
+            if !names.iter().any(|name| skip.names(name)) {
+                let message = "is in the list of skips, and critest has no such spec".to_owned();
+                outcome.failed.push((skip.specs.clone(), message));
+            }
+        }
+        outcome
+    }
+
+    fn judge(&mut self, name: &str, entry: &Entry, skips: &Skips, all: bool) {
+        let fail = |message: String| (name.to_owned(), message);
+        // A spec that skipped itself says why; one that was not selected says nothing.
+        let by_itself = entry.failure.is_some();
+        match (entry.state.as_str(), skips.of(name)) {
+            (SKIPPED | PENDING, Some(skip)) => {
+                let key = (skip.specs.clone(), skip.reason.clone());
+                *self.skipped.entry(key).or_default() += 1;
+            }
+            (SKIPPED, None) if !by_itself && (!all || name.contains("benchmark")) => {
+                self.not_selected += 1;
+            }
+            (SKIPPED | PENDING, None) => self.failed.push(fail(format!(
+                "skipped, and the list of skips does not name it: {}",
+                entry.message()
+            ))),
+            (PASSED, None) => self.passed += 1,
+            (PASSED, Some(_)) => self.failed.push(fail(
+                "passed, but the list of skips says that it is skipped here".to_owned(),
+            )),
+            (_, _) => self.failed.push(fail(entry.message())),
+        }
+    }
+}
+
+impl Entry {
+    /// The full name: the texts from the outermost container to the spec.
+    fn name(&self) -> String {
+        let containers = self.container_hierarchy_texts.iter().flatten();
+        let texts: Vec<_> = containers
+            .chain([&self.leaf_node_text])
+            .map(|text| text.trim())
+            .collect();
+        texts.join(" ")
+    }
+
+    fn message(&self) -> String {
+        match &self.failure {
+            Some(failure) => failure.message.clone(),
+            None => self.state.clone(),
+        }
+    }
+}
