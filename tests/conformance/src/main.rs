@@ -179,6 +179,9 @@ impl Suite {
             outcome.failed.len(),
             started.elapsed().as_secs()
         );
+        if !self.arguments.is_empty() {
+            println!("     {} not selected", outcome.not_selected);
+        }
         totals.passed += outcome.passed;
         totals.failed += outcome.failed.len();
         totals.skipped += skipped;

@@ -57,7 +57,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Reads a report. `selected` is false if the caller chose among the specs.
+    /// Reads a report. `all` is false if the caller chose among the specs.
     pub fn read(report: &Path, skips: &Skips, all: bool) -> Result<Self> {
         let about = || format!("report {}", report.display());
         let text = std::fs::read(report).with_context(about)?;
@@ -132,5 +132,107 @@ impl Entry {
             Some(failure) => failure.message.clone(),
             None => self.state.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Facts;
+    use serde_json::{Value, json};
+
+    fn spec(text: &str, state: &str, message: Option<&str>) -> Value {
+        let mut spec = json!({
+            "ContainerHierarchyTexts": ["[k] Pod"],
+            "LeafNodeType": "It",
+            "LeafNodeText": text,
+            "State": state,
+        });
+        if let Some(message) = message {
+            spec["Failure"] = json!({ "Message": message });
+        }
+        spec
+    }
+
+    fn judge(specs: &[Value], skips: &str, all: bool) -> Outcome {
+        let report = json!([{ "SpecReports": specs }]);
+        let suites: Vec<Suite> = serde_json::from_value(report).unwrap();
+        let skips = Skips::parse(skips, &Facts::default()).unwrap();
+        Outcome::of(&suites, &skips, all)
+    }
+
+    fn failed(outcome: &Outcome) -> Vec<&str> {
+        outcome.failed.iter().map(|(spec, _)| &**spec).collect()
+    }
+
+    #[test]
+    fn the_list_of_skips_is_exact() {
+        let specs = [
+            spec("runs", "passed", None),
+            spec("lacks", "skipped", Some("no AppArmor here")),
+            spec("later", "skipped", None),
+        ];
+        let list = "no AppArmor | [k] Pod lacks | kernel\nnot yet | [k] Pod later | soon\n";
+        let outcome = judge(&specs, list, true);
+        assert!(outcome.failed.is_empty(), "{outcome:?}");
+        assert_eq!((outcome.passed, outcome.skipped.len()), (1, 2));
+
+        // Not listed; listed and run; listed and absent.
+        assert_eq!(
+            failed(&judge(&specs, "", true)),
+            ["[k] Pod lacks", "[k] Pod later"]
+        );
+        let more = format!("{list}not yet | [k] Pod runs | x\nno rro | [k] Other * | x\n");
+        assert_eq!(
+            failed(&judge(&specs, &more, true)),
+            ["[k] Pod runs", "[k] Other *"]
+        );
+    }
+
+    #[test]
+    fn what_the_caller_did_not_select_is_neither() {
+        let specs = [
+            spec("runs", "passed", None),
+            spec("other", "skipped", None),
+            spec("lacks", "skipped", Some("no AppArmor here")),
+        ];
+        let outcome = judge(&specs, "", false);
+        assert_eq!((outcome.passed, outcome.not_selected), (1, 1));
+        assert_eq!(failed(&outcome), ["[k] Pod lacks"]);
+        // critest leaves its benchmarks out by itself.
+        let benchmark = [spec("benchmark about", "skipped", None)];
+        assert!(judge(&benchmark, "", true).failed.is_empty());
+    }
+
+    #[test]
+    fn every_other_end_is_a_failure() {
+        let states = [
+            "failed",
+            "panicked",
+            "timedout",
+            "interrupted",
+            "aborted",
+            "pending",
+            "?",
+        ];
+        for state in states {
+            let outcome = judge(&[spec("x", state, None)], "", true);
+            assert_eq!(failed(&outcome), ["[k] Pod x"], "{state}");
+        }
+        let listed = "not yet | [k] Pod x | soon\n";
+        assert_eq!(
+            judge(&[spec("x", "failed", Some("bad"))], listed, true).failed[0].1,
+            "bad"
+        );
+        let suite = json!({
+            "ContainerHierarchyTexts": null,
+            "LeafNodeType": "SynchronizedBeforeSuite",
+            "State": "failed",
+            "Failure": {"Message": "no runtime"},
+        });
+        assert_eq!(
+            failed(&judge(&[suite], "", true)),
+            ["SynchronizedBeforeSuite"]
+        );
     }
 }

@@ -63,7 +63,11 @@ pub struct Skips(Vec<Skip>);
 impl Skips {
     pub fn read(path: &Path, facts: &Facts) -> Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let all = parse(&text).with_context(|| path.display().to_string())?;
+        Self::parse(&text, facts).with_context(|| path.display().to_string())
+    }
+
+    pub fn parse(text: &str, facts: &Facts) -> Result<Self> {
+        let all = parse(text)?;
         Ok(Self(
             all.into_iter()
                 .filter(|skip| skip.when.holds(facts))
