@@ -135,19 +135,32 @@ install_rust() {
     if ! have rustup; then
         is_debian || die "Rust $RUST_MINIMUM or newer is missing: install it from https://rustup.rs"
         # Debian 13 and Ubuntu 24.04 package rustup; before that it comes from its own site.
-        apt_install rustup 2>/dev/null || {
-            apt_install curl ca-certificates
-            say "installing Rust through rustup"
-            curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-                sh -s -- -y -q --profile minimal --no-modify-path >/dev/null
-            PATH=$HOME/.cargo/bin:$PATH
-        }
+        if apt-cache policy rustup | grep -q '^  Candidate: [0-9]'; then apt_install rustup; else install_rustup; fi
     fi
     rustup toolchain install stable --profile minimal --no-self-update >/dev/null 2>&1 ||
         die "rustup could not install the stable toolchain"
     export RUSTUP_TOOLCHAIN=stable
     have cargo || die "cargo is still missing after rustup ran"
     version_at_least "$(rust_version)" "$RUST_MINIMUM" || die "Rust $(rust_version) is older than $RUST_MINIMUM"
+}
+
+# Fetches rustup as its makers describe for those who do not pipe scripts into a shell, checks its
+# sum, and runs it without a toolchain of its own choice.
+install_rustup() {
+    local dir base
+    base=https://static.rust-lang.org/rustup/dist/$(uname -m)-unknown-linux-gnu
+    apt_install curl ca-certificates
+    say "installing rustup from ${base%/dist*}"
+    dir=$(mktemp -d)
+    curl --proto '=https' --tlsv1.2 -sSf --retry 3 -o "$dir/rustup-init" "$base/rustup-init"
+    curl --proto '=https' --tlsv1.2 -sSf --retry 3 -o "$dir/sum" "$base/rustup-init.sha256"
+    echo "$(cut -d' ' -f1 "$dir/sum")  $dir/rustup-init" | sha256sum --check --quiet ||
+        die "rustup-init is not what its checksum says"
+    chmod +x "$dir/rustup-init"
+    "$dir/rustup-init" -y -q --default-toolchain none --no-modify-path >/dev/null 2>&1 ||
+        die "rustup-init failed"
+    rm -r "$dir"
+    PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
 }
 
 # Builds gantryd, gantryctl and the static shim, all optimised, and puts them side by side into
