@@ -18,6 +18,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use gantry_store::{Record, open_envelope, record, seal_envelope};
 use gantry_types::{ContainerId, PodId};
@@ -133,11 +134,27 @@ pub fn names(dir: &Path) -> io::Result<Vec<String>> {
 
 /// Removes a run directory with all that is in it; absent is success. Mounts below it must be
 /// gone: a busy directory is an error, never a recursion into somebody's files.
+///
+/// A shim or a runtime that is about to end may still write a file or rename one into place, so a
+/// directory that changes under the removal is gone through again, for a tenth of a second.
 pub fn remove_dir(path: &Path) -> Result<(), Error> {
-    match no_mount_below(path).and_then(|()| fs::remove_dir_all(path)) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io("remove run directory", path, &error)),
+    use io::ErrorKind::{DirectoryNotEmpty, NotFound};
+    let mut tries = 0;
+    loop {
+        let error = match no_mount_below(path).and_then(|()| fs::remove_dir_all(path)) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        // Not found may be an entry that went between the listing and the look at it.
+        let absent = fs::symlink_metadata(path).is_err_and(|error| error.kind() == NotFound);
+        if absent {
+            return Ok(());
+        }
+        if tries == 20 || !matches!(error.kind(), DirectoryNotEmpty | NotFound) {
+            return Err(Error::io("remove run directory", path, &error));
+        }
+        tries += 1;
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -263,6 +280,27 @@ mod tests {
         assert!(!is_damaged());
         fs::write(dir.path().join("status"), b"torn").unwrap();
         assert!(is_damaged());
+    }
+
+    #[test]
+    fn a_directory_that_changes_under_its_removal_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        fs::create_dir(&run).unwrap();
+        let until = std::time::Instant::now() + Duration::from_millis(30);
+        let writer = std::thread::spawn({
+            let run = run.clone();
+            move || {
+                let (temporary, file) = (run.join(".exit.new"), run.join("exit"));
+                while std::time::Instant::now() < until {
+                    // Fails once the directory has gone.
+                    let _ = fs::write(&temporary, "x").and_then(|()| fs::rename(&temporary, &file));
+                }
+            }
+        });
+        remove_dir(&run).unwrap();
+        writer.join().unwrap();
+        assert!(!run.exists());
     }
 
     #[test]
