@@ -349,6 +349,43 @@ mod tests {
         Config::load(Some(&dir.join("config.toml")), Overrides::default())
     }
 
+    /// Every line of the example that is a key or a table, without its comment sign, says what
+    /// holds without it, and no key is left out there or in the table of keys.
+    #[test]
+    fn the_example_shows_every_key_with_its_default() {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let example = fs::read_to_string(repository.join("deploy/config.toml")).unwrap();
+        let says: String = example
+            .lines()
+            .map(|line| line.strip_prefix("# ").unwrap_or(line))
+            .filter(|line| line.starts_with('[') || line.contains(" = "))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        let mut shown: toml::Table = says.parse().unwrap();
+        let mut default = toml::Table::try_from(Config::default()).unwrap();
+        // The defaults depend on the machine; the example has one for its keys.
+        for table in [&mut shown, &mut default] {
+            let runtime = table.get_mut("runtime").unwrap().as_table_mut().unwrap();
+            runtime.remove("handlers");
+        }
+        assert_eq!(shown, default);
+        let table = fs::read_to_string(repository.join("docs/configuration.md")).unwrap();
+        for (name, value) in default {
+            let keys = match value {
+                toml::Value::Table(keys) => {
+                    keys.keys().map(|key| format!("{name}.{key}")).collect()
+                }
+                _ => vec![name],
+            };
+            for key in keys {
+                assert!(
+                    table.contains(&format!("\n| `{key}` |")),
+                    "docs/configuration.md: {key}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn drop_ins_merge_tables_and_replace_the_rest() {
         let dir = tempfile::tempdir().unwrap();
