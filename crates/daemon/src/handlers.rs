@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use gantry_runtime::Features;
 use gantry_supervisor::{Handler, HandlerFeatures};
 
 use crate::config;
@@ -68,18 +69,23 @@ fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) ->
             unusable: Some(format!("{}: {error}", binary.display())),
             ..Default::default()
         },
-        Ok(version) => HandlerFeatures {
-            version: version.version,
-            recursive_read_only_mounts: runtime
-                .features(PROBE_LIMIT)
-                .inspect_err(|error| {
-                    tracing::info!(handler = name, %error, "the runtime does not tell its features");
-                })
-                .is_ok_and(|features| features.recursive_read_only_mounts()),
-            // Not served before the security work: a kubelet must not send such pods.
-            user_namespaces: false,
-            unusable: None,
-        },
+        Ok(version) => {
+            let told = runtime.features(PROBE_LIMIT).inspect_err(|error| {
+                tracing::info!(handler = name, %error, "the runtime does not tell its features");
+            });
+            let has = |feature: fn(&Features) -> bool| told.as_ref().is_ok_and(feature);
+            HandlerFeatures {
+                version: version.version,
+                recursive_read_only_mounts: has(Features::recursive_read_only_mounts),
+                // Not served before the security work: a kubelet must not send such pods.
+                user_namespaces: false,
+                // Older ones than the command: they can, and their error says so if not.
+                seccomp: told
+                    .as_ref()
+                    .map_or(true, |features| features.linux.seccomp.enabled),
+                unusable: None,
+            }
+        }
     };
     match &features.unusable {
         None => tracing::info!(

@@ -15,7 +15,8 @@ use gantry_ports::{Network, Snapshotter};
 use gantry_snapshotter_overlayfs::Overlayfs;
 use gantry_spec::resolved::{CgroupNode, CgroupVersion};
 use gantry_store::Store;
-use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Settings, Supervisor, Timeouts};
+use gantry_supervisor::host::APPARMOR_DEFAULT;
+use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Host, Settings, Supervisor, Timeouts};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -190,12 +191,29 @@ fn network_options(config: &Config) -> gantry_network_cni::Options {
     }
 }
 
+/// Looks at the kernel. Blocks.
+fn host() -> Result<Host> {
+    let host = Host::look(Path::new("/")).context("look at the kernel")?;
+    match host.apparmor() {
+        Err(error) => tracing::warn!(%error, "loaded AppArmor profiles cannot be listed"),
+        Ok(apparmor) if !apparmor.has_default() => tracing::warn!(
+            profile = APPARMOR_DEFAULT,
+            "AppArmor profile is not loaded: pods that ask for the default one are refused, \
+             those that ask for none run without"
+        ),
+        Ok(_) => {}
+    }
+    Ok(host)
+}
+
 /// Looks at the machine: runtimes, cgroups, the shim. Blocks.
 fn settings(config: &Config) -> Result<Settings> {
     let (handlers, default_handler) = handlers::find(&config.runtime, &config.state)?;
     let cgroups = cgroups(config)?;
     let cgroup_node = cgroup_node(&cgroups);
+    let host = host()?;
     Ok(Settings {
+        host,
         state: config.state.clone(),
         netns_dir: config.network.netns_dir.clone(),
         shim: shim(config)?,

@@ -6,14 +6,14 @@ use gantry_cri_api::v1::{ContainerConfig, LinuxContainerSecurityContext, PodSand
 use oci_spec::runtime::{Linux, Mount, Process, Root, Spec};
 
 use crate::{Error, Resolved};
-use crate::{annotations, capabilities, devices, mounts, namespaces, process, security};
+use crate::{annotations, capabilities, devices, mounts, namespaces, process, seccomp, security};
 
 /// Version of the runtime specification that we write. Nothing here needs a newer one, and older
 /// crun releases refuse versions that they have not heard of.
 const OCI_VERSION: &str = "1.1.0";
 
 /// In the order they run. Where two could not change places, the reason stands beside them.
-const STEPS: [Step; 17] = [
+const STEPS: [Step; 18] = [
     // First, because every other step may rely on `privileged` being allowed.
     check_privileged,
     root,
@@ -35,6 +35,8 @@ const STEPS: [Step; 17] = [
     // After mounts: masking /proc/kcore needs /proc to be in the list.
     security::paths,
     security::profiles,
+    // After capabilities: the default profile opens what they permit.
+    seccomp::seccomp,
     annotations::annotations,
 ];
 

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use gantry_types::{ContainerId, PodId};
-use oci_spec::runtime::{Capabilities, LinuxSeccomp, PosixRlimit};
+use oci_spec::runtime::{Capabilities, PosixRlimit};
 
 use crate::user::User;
 
@@ -167,11 +167,42 @@ pub struct KnownCapabilities {
     pub all: Capabilities,
 }
 
+/// A kernel's version as far as profiles ask for it; in text `6.12`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
+#[serde(try_from = "String")]
+pub struct KernelVersion {
+    major: u32,
+    minor: u32,
+}
+
+impl KernelVersion {
+    pub fn new(major: u32, minor: u32) -> Self {
+        Self { major, minor }
+    }
+
+    /// Of a release as uname(2) tells it: `6.12.9-amd64`.
+    pub fn parse(release: &str) -> Option<Self> {
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+        let mut number = || numbers.next()?.parse().ok();
+        Some(Self::new(number()?, number()?))
+    }
+}
+
+impl TryFrom<String> for KernelVersion {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::parse(&text).ok_or_else(|| format!("{text:?} is no kernel version"))
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seccomp {
-    /// The runtime's default profile for this container; `None` where there is none, and then
-    /// RuntimeDefault filters nothing.
-    pub runtime_default: Option<LinuxSeccomp>,
+    /// Why no filter can be had: the kernel or the runtime is built without. `None`: both can.
+    pub unsupported: Option<String>,
+    /// The machine's, as Rust spells it (`std::env::consts::ARCH`).
+    pub architecture: String,
+    pub kernel: KernelVersion,
     /// Content of the file that a Localhost profile names; read by the resolver with a size cap.
     pub localhost: Option<String>,
 }
@@ -182,13 +213,50 @@ pub enum AppArmor {
     #[default]
     Disabled,
     Enabled {
-        /// Name of the loaded profile that RuntimeDefault means, if there is one.
-        runtime_default: Option<String>,
+        /// Name of the profile that RuntimeDefault means.
+        runtime_default: String,
+        /// Names of the profiles that the kernel has now.
+        loaded: Vec<String>,
     },
+}
+
+impl AppArmor {
+    /// RuntimeDefault can be honoured, if only because there is nothing to honour.
+    pub fn has_default(&self) -> bool {
+        match self {
+            Self::Disabled => true,
+            Self::Enabled {
+                runtime_default,
+                loaded,
+            } => loaded.contains(runtime_default),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SelinuxLabels {
     pub process: String,
     pub mount: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_are_parsed() {
+        assert_eq!(
+            KernelVersion::parse("6.12.9-amd64"),
+            Some(KernelVersion::new(6, 12))
+        );
+        assert_eq!(KernelVersion::parse("4.8"), Some(KernelVersion::new(4, 8)));
+        assert_eq!(
+            KernelVersion::parse("6.1-rc3+"),
+            Some(KernelVersion::new(6, 1))
+        );
+        assert!(KernelVersion::new(5, 4) > KernelVersion::new(4, 18));
+        for junk in ["", "6", "x.y", "six"] {
+            assert_eq!(KernelVersion::parse(junk), None);
+        }
+    }
 }

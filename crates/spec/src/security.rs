@@ -1,8 +1,7 @@
-//! Masked and read-only paths, seccomp, AppArmor, SELinux.
+//! Masked and read-only paths, AppArmor, SELinux.
 
 use gantry_cri_api::v1::SecurityProfile;
 use gantry_cri_api::v1::security_profile::ProfileType;
-use oci_spec::runtime::LinuxSeccomp;
 
 use crate::Error;
 use crate::container::{Draft, Input};
@@ -34,7 +33,6 @@ pub(crate) fn profiles(input: &Input<'_>, draft: &mut Draft) -> Result<(), Error
     draft
         .process
         .set_no_new_privileges(Some(input.security.no_new_privs));
-    draft.linux.set_seccomp(seccomp(input)?);
     draft.process.set_apparmor_profile(apparmor(input)?);
     if let Some(labels) = &input.resolved.selinux {
         let some = |label: &String| (!label.is_empty()).then(|| label.clone());
@@ -54,27 +52,6 @@ pub enum Profile {
     Localhost(String),
 }
 
-/// The seccomp profile of a container; the resolver reads the file that `Localhost` names.
-///
-/// # Errors
-/// InvalidArgument for a profile that is not one of the kinds, Localhost without a path or with a
-/// relative one.
-pub fn seccomp_profile(
-    context: &gantry_cri_api::v1::LinuxContainerSecurityContext,
-) -> Result<Profile, Error> {
-    let field = "linux.security_context.seccomp";
-    #[allow(deprecated)] // An old kubelet may send nothing else.
-    let old = &context.seccomp_profile_path;
-    let profile = profile(field, context.seccomp.as_ref(), old)?;
-    match &profile {
-        Profile::Localhost(path) if !path.starts_with('/') => Err(Error::invalid(
-            field,
-            format!("localhost_ref {path:?} is not an absolute path"),
-        )),
-        _ => Ok(profile),
-    }
-}
-
 /// The AppArmor profile of a container; the resolver checks that one named is loaded.
 ///
 /// # Errors
@@ -92,7 +69,11 @@ pub fn apparmor_profile(
 }
 
 /// The message, or the text that older kubelets sent in its place.
-fn profile(field: &str, new: Option<&SecurityProfile>, old: &str) -> Result<Profile, Error> {
+pub(crate) fn profile(
+    field: &str,
+    new: Option<&SecurityProfile>,
+    old: &str,
+) -> Result<Profile, Error> {
     let profile = match new {
         Some(profile) => {
             let kind = ProfileType::try_from(profile.profile_type)
@@ -124,47 +105,38 @@ fn profile(field: &str, new: Option<&SecurityProfile>, old: &str) -> Result<Prof
     Ok(profile)
 }
 
-fn seccomp(input: &Input<'_>) -> Result<Option<LinuxSeccomp>, Error> {
-    // Checked also where privilege overrides it, so that a bad request does not pass unseen.
-    let profile = seccomp_profile(&input.security)?;
-    if input.privileged() {
-        return Ok(None);
-    }
-    let facts = &input.resolved.seccomp;
-    match profile {
-        Profile::Unspecified | Profile::Unconfined => Ok(None),
-        Profile::RuntimeDefault => Ok(facts.runtime_default.clone()),
-        Profile::Localhost(path) => {
-            let text = facts.localhost.as_ref().ok_or_else(|| Error::Internal {
-                field: "resolved.seccomp.localhost".into(),
-                reason: format!("the content of {path} was not read"),
-            })?;
-            serde_json::from_str(text).map(Some).map_err(|error| {
-                Error::invalid("linux.security_context.seccomp", format!("{path}: {error}"))
-            })
-        }
-    }
-}
-
 fn apparmor(input: &Input<'_>) -> Result<Option<String>, Error> {
-    let profile = apparmor_profile(&input.security)?;
-    match (&input.resolved.apparmor, profile) {
-        (_, Profile::Unconfined) => Ok(None),
-        (AppArmor::Disabled, Profile::Localhost(name)) => Err(Error::precondition(
-            "linux.security_context.apparmor",
-            format!("profile {name} is asked for and the kernel has no AppArmor"),
-        )),
-        (AppArmor::Enabled { .. }, Profile::Localhost(name)) => Ok(Some(name)),
-        (AppArmor::Disabled, Profile::RuntimeDefault | Profile::Unspecified) => Ok(None),
-        (AppArmor::Enabled { runtime_default }, Profile::RuntimeDefault | Profile::Unspecified) => {
-            // Privilege means unconfined unless a profile is asked for by name.
-            Ok(if input.privileged() {
-                None
-            } else {
-                runtime_default.clone()
-            })
-        }
+    const FIELD: &str = "linux.security_context.apparmor";
+    let asked = apparmor_profile(&input.security)?;
+    let AppArmor::Enabled {
+        runtime_default,
+        loaded,
+    } = &input.resolved.apparmor
+    else {
+        return match asked {
+            Profile::Localhost(name) => Err(Error::precondition(
+                FIELD,
+                format!("profile {name} is asked for and the kernel has no AppArmor"),
+            )),
+            Profile::Unspecified | Profile::RuntimeDefault | Profile::Unconfined => Ok(None),
+        };
+    };
+    let name = match asked {
+        Profile::Unconfined => return Ok(None),
+        Profile::Localhost(name) => name,
+        // Privilege means unconfined unless a profile is asked for by name.
+        Profile::RuntimeDefault | Profile::Unspecified if input.privileged() => return Ok(None),
+        Profile::RuntimeDefault => runtime_default.clone(),
+        // Nobody asked: a node whose administrator has not loaded the profile is left as it is.
+        Profile::Unspecified if !loaded.contains(runtime_default) => return Ok(None),
+        Profile::Unspecified => runtime_default.clone(),
+    };
+    // What was asked for and is not there would run unconfined, or fail in the runtime's words.
+    if !loaded.contains(&name) {
+        let reason = format!("profile {name} is not loaded");
+        return Err(Error::precondition(FIELD, reason));
     }
+    Ok(Some(name))
 }
 
 #[cfg(test)]
@@ -212,14 +184,5 @@ mod tests {
             assert!(profile("x", Some(&bad), "").is_err(), "{bad:?}");
         }
         assert!(profile("x", None, "localhost/").is_err());
-    }
-
-    #[test]
-    fn a_seccomp_path_is_absolute() {
-        let context = gantry_cri_api::v1::LinuxContainerSecurityContext {
-            seccomp: Some(message(ProfileType::Localhost, "profiles/a.json")),
-            ..Default::default()
-        };
-        assert!(seccomp_profile(&context).is_err());
     }
 }

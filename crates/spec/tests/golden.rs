@@ -101,7 +101,11 @@ impl Case {
                 },
                 oom_score_adj_floor: -1000,
                 rlimits: Vec::new(),
-                seccomp: Seccomp::default(),
+                seccomp: Seccomp {
+                    architecture: "x86_64".into(),
+                    kernel: resolved::KernelVersion::new(6, 1),
+                    ..Default::default()
+                },
                 apparmor: AppArmor::Disabled,
                 selinux: None,
                 recursive_read_only: true,
@@ -234,10 +238,7 @@ fn privileged() {
         security.masked_paths = strings(&["/proc/kcore"]);
         security.readonly_paths = strings(&["/proc/sys"]);
         security.seccomp = Some(SecurityProfile::default());
-        case.resolved.seccomp.runtime_default = Some(Default::default());
-        case.resolved.apparmor = AppArmor::Enabled {
-            runtime_default: Some("gantry-default".into()),
-        };
+        case.resolved.apparmor = apparmor(&["gantry-default"]);
         case.resolved.host_devices = vec![device("/dev/fuse", 10, 229)];
     });
     golden("privileged", &case);
@@ -689,9 +690,7 @@ fn security_profiles() {
             localhost_ref: "web".into(),
         });
         case.resolved.seccomp.localhost = Some(profile.into());
-        case.resolved.apparmor = AppArmor::Enabled {
-            runtime_default: None,
-        };
+        case.resolved.apparmor = apparmor(&["gantry-default", "web"]);
         case.resolved.selinux = Some(SelinuxLabels {
             process: "system_u:system_r:container_t:s0:c1,c2".into(),
             mount: "system_u:object_r:container_file_t:s0:c1,c2".into(),
@@ -714,21 +713,119 @@ fn security_profiles() {
 }
 
 #[test]
-fn an_unspecified_apparmor_profile_is_the_runtimes() {
-    let case = Case::with(|case| {
-        case.resolved.apparmor = AppArmor::Enabled {
-            runtime_default: Some("gantry-default".into()),
-        };
+fn runtime_default_seccomp() {
+    let runtime_default =
+        || Case::with(|case| case.security().seccomp = Some(SecurityProfile::default()));
+    golden("seccomp_runtime_default", &runtime_default());
+    let mut admin = runtime_default();
+    admin.security().capabilities = Some(Capability {
+        add_capabilities: strings(&["SYS_ADMIN"]),
+        ..Default::default()
     });
-    let spec = case.build().unwrap();
-    assert_eq!(
-        spec.process()
-            .as_ref()
-            .unwrap()
-            .apparmor_profile()
-            .as_deref(),
-        Some("gantry-default")
+    golden("seccomp_runtime_default_sys_admin", &admin);
+
+    let mut without = runtime_default();
+    without.resolved.seccomp.unsupported = Some("the kernel is built without seccomp".into());
+    let error = without.refused();
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    assert!(
+        error.to_string().contains("built without seccomp"),
+        "{error}"
     );
+    // Nobody asked for a filter.
+    without.security().seccomp = None;
+    without.build().unwrap();
+    without.security().seccomp = Some(SecurityProfile {
+        profile_type: ProfileType::Unconfined.into(),
+        ..Default::default()
+    });
+    let spec = without.build().unwrap();
+    assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
+}
+
+/// CVE-2023-2431: an empty name once meant "unconfined".
+#[test]
+fn cve_2023_2431_a_localhost_profile_without_a_name_is_refused() {
+    let nameless = || {
+        Some(SecurityProfile {
+            profile_type: ProfileType::Localhost.into(),
+            ..Default::default()
+        })
+    };
+    let seccomp = Case::with(|case| case.security().seccomp = nameless());
+    let apparmor = Case::with(|case| case.security().apparmor = nameless());
+    for (case, field) in [(seccomp, "seccomp"), (apparmor, "apparmor")] {
+        let error = case.refused();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        let field = format!("linux.security_context.{field}: Localhost needs localhost_ref");
+        assert_eq!(error.to_string(), field);
+    }
+}
+
+fn apparmor(loaded: &[&str]) -> AppArmor {
+    AppArmor::Enabled {
+        runtime_default: "gantry-default".into(),
+        loaded: strings(loaded),
+    }
+}
+
+/// The profile in the spec for what is asked in the message, or in the text of old kubelets.
+fn apparmor_of(
+    host: &AppArmor,
+    new: Option<(ProfileType, &str)>,
+    old: &str,
+) -> Result<Option<String>, ErrorKind> {
+    let case = Case::with(|case| {
+        case.resolved.apparmor = host.clone();
+        #[allow(deprecated)] // Old kubelets send nothing else.
+        {
+            case.security().apparmor_profile = old.into();
+        }
+        case.security().apparmor = new.map(|(kind, name)| SecurityProfile {
+            profile_type: kind.into(),
+            localhost_ref: name.into(),
+        });
+    });
+    let spec = case.build().map_err(|error| error.kind())?;
+    Ok(spec.process().as_ref().unwrap().apparmor_profile().clone())
+}
+
+#[test]
+fn an_apparmor_profile_that_is_not_loaded_is_an_error() {
+    use ProfileType::{Localhost, RuntimeDefault, Unconfined};
+    let (both, none) = (apparmor(&["gantry-default", "web"]), apparmor(&[]));
+    let default = Some("gantry-default".to_owned());
+    let web = Some("web".to_owned());
+    let refused = Err(ErrorKind::FailedPrecondition);
+    for (host, new, old, expected) in [
+        (&both, None, "", Ok(default.clone())),
+        (&both, Some((RuntimeDefault, "")), "", Ok(default.clone())),
+        (&both, Some((Localhost, "web")), "", Ok(web.clone())),
+        (&both, Some((Unconfined, "")), "", Ok(None)),
+        (&both, None, "localhost/web", Ok(web)),
+        (&both, None, "runtime/default", Ok(default)),
+        (&both, None, "unconfined", Ok(None)),
+        // The message goes before the text.
+        (&both, Some((Unconfined, "")), "localhost/web", Ok(None)),
+        (&none, None, "", Ok(None)),
+        (&none, Some((RuntimeDefault, "")), "", refused.clone()),
+        (&none, Some((Localhost, "web")), "", refused.clone()),
+        (&none, None, "localhost/web", refused.clone()),
+        (&AppArmor::Disabled, None, "", Ok(None)),
+        (
+            &AppArmor::Disabled,
+            Some((RuntimeDefault, "")),
+            "",
+            Ok(None),
+        ),
+        (&AppArmor::Disabled, Some((Localhost, "web")), "", refused),
+    ] {
+        assert_eq!(
+            apparmor_of(host, new, old),
+            expected,
+            "{host:?} {new:?} {old:?}"
+        );
+    }
 }
 
 #[test]

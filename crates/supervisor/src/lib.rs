@@ -8,6 +8,7 @@ mod clock;
 mod container;
 mod error;
 mod failpoint;
+pub mod host;
 mod pod;
 mod records;
 mod recover;
@@ -35,6 +36,7 @@ pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
 pub use clock::now_ns;
 pub use container::ExecOutput;
 pub use error::Error;
+pub use host::Host;
 pub use recover::Summary;
 pub use settings::{Handler, HandlerFeatures, Settings, Timeouts};
 
@@ -292,7 +294,7 @@ impl Supervisor {
             });
         }
         pod::check(config)?;
-        let id = PodId::from_random(random());
+        let id = self.new_pod_id();
         let host_network = host_network(config);
         let parent = config
             .linux
@@ -337,6 +339,26 @@ impl Supervisor {
             config: config.clone(),
             record,
         })
+    }
+
+    /// An id that no pod has and, where SELinux is on, whose categories no pod has.
+    fn new_pod_id(&self) -> PodId {
+        let mut id = PodId::from_random(random());
+        if self.ctx.settings.host.selinux.is_some() {
+            let pods = self.ctx.registry.pods();
+            let taken: HashSet<_> = pods
+                .iter()
+                .map(|pod| gantry_spec::selinux::categories(&pod.facts.id))
+                .collect();
+            // Half a million pairs: a few tries do for as many pods as a node holds.
+            for _ in 0..64 {
+                if !taken.contains(&gantry_spec::selinux::categories(&id)) {
+                    break;
+                }
+                id = PodId::from_random(random());
+            }
+        }
+        id
     }
 
     /// Stops a pod; one that is not there is stopped.

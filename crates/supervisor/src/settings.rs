@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::cgroup::Cgroups;
+use crate::host::Host;
 
 /// An OCI runtime under the name that a RuntimeClass uses.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct HandlerFeatures {
     pub version: String,
     pub recursive_read_only_mounts: bool,
     pub user_namespaces: bool,
+    /// It can install system call filters, as far as it tells.
+    pub seccomp: bool,
     /// Why the runtime cannot be used; `None` when it can.
     pub unusable: Option<String>,
 }
@@ -43,6 +46,8 @@ pub struct Settings {
     pub cgroups: Cgroups,
     /// What the node's cgroups can do.
     pub cgroup_node: gantry_spec::resolved::CgroupNode,
+    /// What the kernel has to confine containers with.
+    pub host: Host,
     /// OOM score adjustment of each shim; clamped to what the kernel lets us write.
     pub shim_oom_score_adj: i32,
     pub timeouts: Timeouts,

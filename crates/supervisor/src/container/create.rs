@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use gantry_cri_api::v1 as cri;
 use gantry_images::{Image, ImageInUse};
+use gantry_spec::Resolved;
 use gantry_store::record;
 use gantry_types::{ContainerId, ContainerState, Decision, Exit};
 use prost::Message;
 
+use super::relabel::relabel;
 use super::resolve::{self, Sources};
 use super::{Container, stop};
 use crate::clock::now_ns;
@@ -362,6 +364,7 @@ fn steps(
         target_pid,
     };
     let resolved = sources.resolve()?;
+    label_files(&facts.config, &resolved)?;
     status.user = Some(record::User {
         uid: resolved.user.uid,
         gid: resolved.user.gid,
@@ -377,6 +380,24 @@ fn steps(
     ctx.records.put_container_status(&facts.id, &status)?;
     failpoint::at("container::after-result")?;
     Ok(status)
+}
+
+/// Labels what the container is given of the host: the pod's files, and mounts that ask for it.
+fn label_files(config: &cri::ContainerConfig, resolved: &Resolved) -> Result<(), Error> {
+    let Some(labels) = &resolved.selinux else {
+        return Ok(());
+    };
+    let files = &resolved.files;
+    let own = [&files.hosts, &files.hostname, &files.resolv_conf];
+    for file in own.into_iter().flatten() {
+        relabel(file, &labels.mount)?;
+    }
+    for (asked, host) in config.mounts.iter().zip(&resolved.mounts) {
+        if asked.selinux_relabel {
+            relabel(&host.source, &labels.mount)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 mod create;
 mod exec;
+mod relabel;
 mod resolve;
 mod start;
 mod stop;

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use gantry_cri_api::v1 as cri;
 use gantry_images::Image;
 use gantry_spec::resolved::{
-    AppArmor, Cgroup, Device, DeviceKind, HostMount, KnownCapabilities, Namespace, Namespaces,
-    PodFiles, Resolved, Seccomp,
+    Cgroup, Device, DeviceKind, HostMount, KnownCapabilities, Namespace, Namespaces, PodFiles,
+    Resolved, Seccomp, SelinuxLabels,
 };
 use gantry_spec::security::Profile;
 use gantry_spec::user::User;
@@ -25,8 +25,6 @@ use crate::{Context, Error};
 
 /// passwd and group of an image.
 const MAX_ACCOUNTS: u64 = 10 << 20;
-/// A seccomp profile of the host.
-const MAX_PROFILE: u64 = 4 << 20;
 /// Directories below /dev whose nodes belong to something other than the machine.
 const NOT_DEVICES: [&str; 6] = ["pts", "shm", "fd", "mqueue", "hugepages", "console"];
 
@@ -134,17 +132,44 @@ impl Sources<'_> {
             oom_score_adj_floor: gantry_sys::oom::clamp_oom_score_adj(-1000),
             rlimits: Vec::new(),
             seccomp: Seccomp {
-                runtime_default: None,
+                unsupported: ctx
+                    .settings
+                    .host
+                    .no_seccomp(handler.is_some_and(|handler| handler.features.seccomp)),
+                architecture: std::env::consts::ARCH.to_owned(),
+                kernel: ctx.settings.host.kernel,
                 localhost: seccomp_profile(security)?,
             },
-            apparmor: AppArmor::Disabled,
-            selinux: None,
+            apparmor: ctx
+                .settings
+                .host
+                .apparmor()
+                .map_err(|error| Error::internal("look at AppArmor", error))?,
+            selinux: self.selinux(security)?,
             recursive_read_only: handler
                 .is_some_and(|handler| handler.features.recursive_read_only_mounts),
             annotations: handler
                 .map(|handler| handler.annotations.clone())
                 .unwrap_or_default(),
         })
+    }
+
+    fn selinux(
+        &self,
+        security: Option<&cri::LinuxContainerSecurityContext>,
+    ) -> Result<Option<SelinuxLabels>, Error> {
+        let own = security.and_then(|security| security.selinux_options.as_ref());
+        let step = Error::step("resolve SELinux labels");
+        let Some(defaults) = &self.ctx.settings.host.selinux else {
+            own.map_or(Ok(()), gantry_spec::selinux::check)
+                .map_err(step)?;
+            return Ok(None);
+        };
+        let pods = crate::pod::selinux_options(&self.pod.config);
+        let privileged = security.is_some_and(|security| security.privileged);
+        gantry_spec::selinux::labels(defaults, pods, own, &self.pod.id, privileged)
+            .map(Some)
+            .map_err(step)
     }
 
     fn user(&self, rootfs: &Path) -> Result<User, Error> {
@@ -455,22 +480,37 @@ fn seccomp_profile(
     let Some(security) = security else {
         return Ok(None);
     };
-    let profile = gantry_spec::security::seccomp_profile(security)
-        .map_err(Error::step("resolve seccomp profile"))?;
+    let profile =
+        gantry_spec::seccomp::asked(security).map_err(Error::step("resolve seccomp profile"))?;
     let Profile::Localhost(path) = profile else {
         return Ok(None);
     };
-    let read = || -> io::Result<String> {
-        let mut text = String::new();
-        File::open(&path)?
-            .take(MAX_PROFILE)
-            .read_to_string(&mut text)?;
-        Ok(text)
-    };
-    read().map(Some).map_err(|error| Error::Invalid {
-        field: "linux.security_context.seccomp.localhost_ref".to_owned(),
-        reason: format!("{path}: {error}"),
-    })
+    read_profile(Path::new(&path))
+        .map(Some)
+        .map_err(|error| Error::Invalid {
+            field: "linux.security_context.seccomp.localhost_ref".to_owned(),
+            reason: format!("{path}: {error}"),
+        })
+}
+
+/// A regular file of a bounded size: opened without waiting for whoever writes to a FIFO.
+fn read_profile(path: &Path) -> io::Result<String> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(invalid("is not a regular file".to_owned()));
+    }
+    let mut text = String::new();
+    let limit = gantry_spec::seccomp::MAX_PROFILE;
+    file.take(limit as u64 + 1).read_to_string(&mut text)?;
+    if text.len() > limit {
+        return Err(invalid(format!("is larger than {limit} bytes")));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -513,6 +553,24 @@ mod tests {
             account_file(&root, "etc/passwd").is_err(),
             "a FIFO must not block us"
         );
+    }
+
+    #[test]
+    fn a_seccomp_profile_is_a_regular_file_of_a_bounded_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("profile.json");
+        assert!(read_profile(&path).is_err());
+        assert!(read_profile(dir.path()).is_err());
+        fs::write(&path, "{}").unwrap();
+        assert_eq!(read_profile(&path).unwrap(), "{}");
+        let huge = File::options().write(true).open(&path).unwrap();
+        huge.set_len(gantry_spec::seccomp::MAX_PROFILE as u64 + 1)
+            .unwrap();
+        let error = read_profile(&path).unwrap_err().to_string();
+        assert!(error.contains("larger than"), "{error}");
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(read_profile(&fifo).is_err(), "a FIFO must not block us");
     }
 
     #[test]

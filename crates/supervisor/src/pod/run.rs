@@ -7,6 +7,7 @@ use std::sync::Arc;
 use gantry_cri_api::v1 as cri;
 use gantry_ports::network::{Attachment, Dns, PortMapping, Protocol};
 use gantry_shim_api::v1;
+use gantry_spec::resolved::SelinuxLabels;
 use gantry_store::record;
 use gantry_types::{ErrorKind, PodState, ProcessRef};
 use tokio::sync::mpsc;
@@ -89,6 +90,9 @@ pub(crate) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
             field: "namespace_options.pid".to_owned(),
             reason: "TARGET is for containers".to_owned(),
         });
+    }
+    if let Some(options) = selinux_options(config) {
+        gantry_spec::selinux::check(options).map_err(Error::step("check request"))?;
     }
     sysctls(config, Asked::of(config))?;
     config
@@ -426,6 +430,27 @@ fn port_mapping(mapping: &cri::PortMapping) -> Result<PortMapping, Error> {
     })
 }
 
+/// Labels of what belongs to the whole pod; `None` where SELinux is off.
+fn selinux_labels(ctx: &Context, facts: &PodFacts) -> Result<Option<SelinuxLabels>, Error> {
+    let Some(defaults) = &ctx.settings.host.selinux else {
+        return Ok(None);
+    };
+    gantry_spec::selinux::labels(
+        defaults,
+        selinux_options(&facts.config),
+        None,
+        &facts.id,
+        false,
+    )
+    .map(Some)
+    .map_err(Error::step("resolve SELinux labels"))
+}
+
+pub(crate) fn selinux_options(config: &cri::PodSandboxConfig) -> Option<&cri::SeLinuxOption> {
+    let security = config.linux.as_ref()?.security_context.as_ref()?;
+    security.selinux_options.as_ref()
+}
+
 fn make_shm(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
     use nix::mount::{MsFlags, mount};
     if Asked::of(&facts.config).host_ipc {
@@ -434,7 +459,10 @@ fn make_shm(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
     let path = ctx.records.dirs.shm(&facts.id);
     crate::rundir::make_dir(&path).map_err(|error| Error::io("make /dev/shm", &path, &error))?;
     let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    let options = format!("mode=1777,size={SHM_BYTES}");
+    let mut options = format!("mode=1777,size={SHM_BYTES}");
+    if let Some(labels) = selinux_labels(ctx, facts)? {
+        options.push_str(&format!(",context=\"{}\"", labels.mount));
+    }
     mount(
         Some("shm"),
         &path,

@@ -13,6 +13,7 @@ mod refused;
 mod repeated;
 mod resources;
 mod restart;
+mod security;
 mod stop;
 mod store;
 mod walk;
