@@ -91,8 +91,7 @@ pub fn container_status(view: &ContainerView, image: Option<&Image>) -> cri::Con
         image_ref: facts.record.image_id.clone(),
         labels: facts.config.labels.clone(),
         annotations: facts.config.annotations.clone(),
-        // Echoed exactly: the kubelet finds the termination message through them.
-        mounts: facts.config.mounts.clone(),
+        mounts: mounts(view),
         log_path: facts.record.log_path.clone(),
         resources: view.resources.clone().map(|linux| cri::ContainerResources {
             linux: Some(linux),
@@ -129,6 +128,20 @@ pub fn container_status(view: &ContainerView, image: Option<&Image>) -> cri::Con
         }
     }
     status
+}
+
+/// Echoed exactly, as the kubelet finds the termination message through them; an image among them
+/// has its id added.
+fn mounts(view: &ContainerView) -> Vec<cri::Mount> {
+    let mut mounts = view.facts.config.mounts.clone();
+    for known in &view.facts.record.image_mounts {
+        let mount = usize::try_from(known.mount).ok();
+        let mount = mount.and_then(|n| mounts.get_mut(n));
+        if let Some(image) = mount.and_then(|mount| mount.image.as_mut()) {
+            image.image_ref.clone_from(&known.image_id);
+        }
+    }
+    mounts
 }
 
 /// The image as asked for, under a name that people know.

@@ -214,6 +214,7 @@ fn settings(config: &Config) -> Result<Settings> {
     let host = host()?;
     Ok(Settings {
         host,
+        root: config.root.clone(),
         state: config.state.clone(),
         netns_dir: config.network.netns_dir.clone(),
         shim: shim(config)?,

@@ -80,10 +80,19 @@ pub trait Snapshotter: Send + Sync + 'static {
     fn mount(&self, container: &ContainerId, layers: &[Digest], target: &Path)
     -> Result<(), Error>;
 
+    /// Mounts `layers` (base to top) at `target` (an existing directory) so that nobody can write
+    /// to them, whatever flags a process with every capability changes on its own mount of it;
+    /// idempotent. No layers make an empty tree.
+    fn view(&self, layers: &[Digest], target: &Path) -> Result<(), Error>;
+
+    /// A directory beside the writable part of a prepared snapshot, counted and removed with it:
+    /// for what a container keeps outside its root, the volumes of its image. Made if absent.
+    fn volumes(&self, container: &ContainerId) -> Result<PathBuf, Error>;
+
     /// Unmounts `target`; not mounted is success.
     fn unmount(&self, target: &Path) -> Result<(), Error>;
 
-    /// The writable part of a prepared snapshot, and what it occupies.
+    /// What the writable part of a prepared snapshot occupies, volumes included.
     fn usage(&self, container: &ContainerId) -> Result<Usage, Error>;
 
     /// Containers that have a snapshot.

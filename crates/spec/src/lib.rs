@@ -9,7 +9,7 @@ pub mod capabilities;
 mod container;
 mod devices;
 pub mod error;
-mod mounts;
+pub mod mounts;
 mod namespaces;
 mod path;
 pub mod process;

@@ -1,15 +1,82 @@
 //! What a container sees mounted.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
-use gantry_cri_api::v1::{IdMapping, Mount as Asked, MountPropagation};
+use gantry_cri_api::v1::{ContainerConfig, IdMapping, Mount as Asked, MountPropagation};
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Mount};
 
 use crate::Error;
 use crate::container::{Draft, Input};
 use crate::path;
 use crate::resolved::{HostMount, Namespace};
+
+/// What a mount of the request shows, once its fields are known to fit each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source<'a> {
+    /// An absolute path of the host.
+    Host(&'a Path),
+    /// An image, and the path within it whose directory is shown; empty for all of it.
+    Image { name: &'a str, sub_path: &'a Path },
+}
+
+/// # Errors
+/// InvalidArgument for a mount with neither host path nor image or with both, a relative host
+/// path, and an image that is asked for other than read-only.
+pub fn source(asked: &Asked) -> Result<Source<'_>, Error> {
+    let field = |name: &str| format!("mounts[{}].{name}", asked.container_path);
+    let Some(image) = &asked.image else {
+        if !asked.image_sub_path.is_empty() {
+            return Err(Error::invalid(field("image_sub_path"), "is without image"));
+        }
+        let path = Path::new(&asked.host_path);
+        if !path.is_absolute() || asked.host_path.contains('\0') {
+            let reason = format!("{:?} is not an absolute path", asked.host_path);
+            return Err(Error::invalid(field("host_path"), reason));
+        }
+        return Ok(Source::Host(path));
+    };
+    if image.image.is_empty() {
+        return Err(Error::invalid(field("image"), "names no image"));
+    }
+    if !asked.host_path.is_empty() {
+        return Err(Error::invalid(field("host_path"), "goes not with image"));
+    }
+    if !asked.readonly {
+        return Err(Error::invalid(
+            field("readonly"),
+            "an image volume is read-only",
+        ));
+    }
+    if asked.image_sub_path.contains('\0') {
+        return Err(Error::invalid(field("image_sub_path"), "has a NUL byte"));
+    }
+    Ok(Source::Image {
+        name: &image.image,
+        sub_path: Path::new(&asked.image_sub_path),
+    })
+}
+
+/// The places of an image's VOLUMEs that need a directory of their own: cleaned, each once, less
+/// those where the request mounts something. Images also write relative ones, meant from the root.
+///
+/// # Errors
+/// InvalidArgument for the root itself and for what is no path.
+pub fn volumes(config: &ContainerConfig, image: &[String]) -> Result<BTreeSet<PathBuf>, Error> {
+    let asked = config.mounts.iter();
+    let covered: HashSet<PathBuf> = asked
+        .filter_map(|mount| path::clean(Path::new(&mount.container_path)))
+        .collect();
+    let mut places = BTreeSet::new();
+    for volume in image {
+        let field = || format!("image config Volumes[{volume:?}]");
+        let place = place(&field(), &Path::new("/").join(volume))?;
+        if !covered.contains(&place) {
+            places.insert(place);
+        }
+    }
+    Ok(places)
+}
 
 /// Step: the file systems that every container has (runtime-spec config-linux.md, Default
 /// Filesystems). They are mounted in this order, each below one before it.
@@ -78,7 +145,8 @@ pub(crate) fn defaults(input: &Input<'_>, draft: &mut Draft) -> Result<(), Error
 }
 
 /// Step: files of the pod, volumes of the image and mounts of the request, shallow ones first so
-/// that none hides another; those of equal depth in the request's order.
+/// that none hides another; those of equal depth in the request's order. Of two at one place the
+/// later covers the earlier, and the request's covers all.
 pub(crate) fn requested(input: &Input<'_>, draft: &mut Draft) -> Result<(), Error> {
     let asked = asked_mounts(input, draft)?;
     let taken: HashSet<PathBuf> = asked.iter().map(|it| it.destination().clone()).collect();
@@ -90,9 +158,8 @@ pub(crate) fn requested(input: &Input<'_>, draft: &mut Draft) -> Result<(), Erro
         !(taken.contains(place) || all_of_dev && place.starts_with("/dev"))
     });
 
-    let mut list: Vec<Mount> = pod_files(input)
-        .into_iter()
-        .chain(volumes(input)?)
+    let mut list: Vec<Mount> = image_volumes(input)
+        .chain(pod_files(input))
         .filter(|offered| !taken.contains(offered.destination()))
         .collect();
     list.extend(asked);
@@ -125,12 +192,13 @@ fn pod_files(input: &Input<'_>) -> Vec<Mount> {
     .collect()
 }
 
-fn volumes(input: &Input<'_>) -> Result<Vec<Mount>, Error> {
-    let volume = |volume: &crate::resolved::Volume| {
-        let place = place("image config Volumes", &volume.destination)?;
-        Ok(bind(place, &volume.source, &["rbind", "rprivate", "rw"]))
-    };
-    input.resolved.volumes.iter().map(volume).collect()
+/// Writable where the root is not, too: that is what a VOLUME is for.
+fn image_volumes<'a>(input: &'a Input<'_>) -> impl Iterator<Item = Mount> + 'a {
+    let volumes = input.resolved.volumes.iter();
+    volumes.map(|volume| {
+        let options = ["rbind", "rprivate", "rw"];
+        bind(volume.destination.clone(), &volume.source, &options)
+    })
 }
 
 fn asked_mounts(input: &Input<'_>, draft: &mut Draft) -> Result<Vec<Mount>, Error> {
@@ -155,9 +223,7 @@ fn asked_mount(
 ) -> Result<Mount, Error> {
     let field = format!("mounts[{}]", asked.container_path);
     let place = place(&field, Path::new(&asked.container_path))?;
-    if asked.image.is_some() && !asked.readonly {
-        return Err(Error::invalid(field, "an image volume is read-only"));
-    }
+    source(asked)?;
     let propagation = propagation(&field, draft, asked, host)?;
     let access = access(&field, input, asked)?;
     let mut mount = bind(place, &host.source, &["rbind", propagation, access]);
@@ -183,15 +249,18 @@ fn propagation(
 ) -> Result<&'static str, Error> {
     let wanted = MountPropagation::try_from(asked.propagation)
         .map_err(|unknown| Error::invalid(field, unknown.to_string()))?;
-    let source = host.source.display();
+    let not = |what: &str| {
+        let (source, point) = (host.source.display(), host.point.display());
+        Error::precondition(
+            field,
+            format!("{source} is on the mount at {point}, which is {what}"),
+        )
+    };
     match wanted {
         MountPropagation::PropagationPrivate => Ok("rprivate"),
         MountPropagation::PropagationHostToContainer => {
             if !host.shared && !host.slave {
-                return Err(Error::precondition(
-                    field,
-                    format!("{source} is on a mount that is neither shared nor a slave"),
-                ));
+                return Err(not("neither shared nor a slave"));
             }
             // Shared already passes on what a slave would.
             if draft.linux.rootfs_propagation().is_none() {
@@ -201,10 +270,7 @@ fn propagation(
         }
         MountPropagation::PropagationBidirectional => {
             if !host.shared {
-                return Err(Error::precondition(
-                    field,
-                    format!("{source} is on a mount that is not shared"),
-                ));
+                return Err(not("not shared"));
             }
             draft.linux.set_rootfs_propagation(Some("rshared".into()));
             Ok("rshared")

@@ -25,7 +25,7 @@ pub struct Resolved {
     pub files: PodFiles,
     /// One for each of the request's `mounts`, in their order.
     pub mounts: Vec<HostMount>,
-    /// Image VOLUMEs; one that a mount of the request covers is left out.
+    /// Image VOLUMEs, those of [`crate::mounts::volumes`].
     pub volumes: Vec<Volume>,
     /// The request's `devices`, expanded: a directory gives one for each node below it.
     pub devices: Vec<Device>,
@@ -121,6 +121,9 @@ pub struct PodFiles {
 pub struct HostMount {
     /// Host path with symbolic links resolved, or where the image volume is mounted.
     pub source: PathBuf,
+    /// Where on the host the mount that holds `source` is mounted; empty when the request's
+    /// propagation is private and nobody looked.
+    pub point: PathBuf,
     /// The mount that holds `source` is shared (`shared:` in mountinfo).
     pub shared: bool,
     /// It is a slave (`master:` in mountinfo).

@@ -135,6 +135,7 @@ impl Case {
         let source = mount.host_path.clone().into();
         self.resolved.mounts.push(HostMount {
             source,
+            point: "/srv".into(),
             shared: true,
             slave: false,
         });
@@ -542,19 +543,84 @@ fn mounts() {
         });
         case.mount(bind("/etc/hosts", "/var/lib/kubelet/pods/x/etc-hosts"));
         case.resolved.files.hosts = Some("/run/gantry/pod/hosts".into());
-        case.resolved.volumes = vec![
-            Volume {
-                destination: "/var/cache".into(),
-                source: "/run/gantry/v/1".into(),
-            },
-            // Covered by a mount of the request.
-            Volume {
-                destination: "/data".into(),
-                source: "/run/gantry/v/2".into(),
-            },
-        ];
     });
     golden("mounts", &case);
+}
+
+#[test]
+fn image_volumes() {
+    let case = Case::with(|case| {
+        case.security().readonly_rootfs = true;
+        let volume = |destination: &str, source: &str| Volume {
+            destination: destination.into(),
+            source: source.into(),
+        };
+        case.resolved.volumes = vec![
+            volume("/var/cache", "/var/lib/gantry/v/1"),
+            // The pod's hostname lies in it and has to be seen.
+            volume("/etc", "/var/lib/gantry/v/2"),
+        ];
+        case.mount(bind("/var/cache/deeper", "/srv/c"));
+    });
+    golden("image_volumes", &case);
+}
+
+#[test]
+fn a_mount_at_an_image_volumes_place_wins() {
+    let volumes = |asked: &[&str], image: &[&str]| {
+        let mut case = Case::minimal();
+        for place in asked {
+            case.mount(bind(place, "/srv"));
+        }
+        let places = gantry_spec::mounts::volumes(&case.config, &strings(image));
+        places.map(|places| {
+            Vec::from_iter(places.into_iter().map(|place| place.display().to_string()))
+        })
+    };
+    assert_eq!(
+        volumes(&[], &["/b", "/a/", "//a", "rel/x"]).unwrap(),
+        ["/a", "/b", "/rel/x"]
+    );
+    assert_eq!(
+        volumes(&["/data/../data/"], &["/data", "/data/sub"]).unwrap(),
+        ["/data/sub"]
+    );
+    // CVE-2022-23648: by its text alone nothing leads out of the root.
+    assert_eq!(volumes(&[], &["/../../etc"]).unwrap(), ["/etc"]);
+    for bad in ["/", "/..", "", "/a\0b"] {
+        let error = volumes(&[], &[bad]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{bad:?}");
+        assert!(
+            error.to_string().starts_with("image config Volumes"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn image_mounts() {
+    let case = Case::with(|case| {
+        case.mount(Mount {
+            image: Some(ImageSpec {
+                image: "sha256:5f70".into(),
+                ..Default::default()
+            }),
+            image_sub_path: "models/small".into(),
+            readonly: true,
+            ..bind("/models", "")
+        });
+        case.resolved.mounts[0].source = "/run/gantry/c/images/0/models/small".into();
+    });
+    golden("image_mounts", &case);
+}
+
+#[test]
+fn mounts_at_one_place() {
+    let case = Case::with(|case| {
+        case.mount(bind("/data", "/srv/first"));
+        case.mount(bind("/data/../data", "/srv/second"));
+    });
+    golden("mounts_at_one_place", &case);
 }
 
 #[test]
@@ -609,6 +675,14 @@ fn mounts_that_cannot_be_made_are_named() {
     let private: fn(&mut Case) = |case| case.resolved.mounts[0].shared = false;
     assert_eq!(refused(to(1), private), ErrorKind::FailedPrecondition);
     assert_eq!(refused(to(2), private), ErrorKind::FailedPrecondition);
+    let unshared = Case::with(|case| {
+        case.mount(to(2));
+        case.resolved.mounts[0].shared = false;
+    });
+    assert_eq!(
+        unshared.refused().to_string(),
+        "mounts[/a]: /srv is on the mount at /srv, which is not shared"
+    );
     let slave: fn(&mut Case) = |case| {
         case.resolved.mounts[0].shared = false;
         case.resolved.mounts[0].slave = true;
@@ -634,11 +708,30 @@ fn mounts_that_cannot_be_made_are_named() {
         ErrorKind::Unknown
     );
 
-    let image = Mount {
-        image: Some(ImageSpec::default()),
-        ..bind("/a", "/srv")
+    let image = |name: &str, host: &str, readonly| Mount {
+        image: Some(ImageSpec {
+            image: name.into(),
+            ..Default::default()
+        }),
+        readonly,
+        ..bind("/a", host)
     };
-    assert_eq!(refused(image, none), ErrorKind::InvalidArgument);
+    let sub_path = |mount: Mount, path: &str| Mount {
+        image_sub_path: path.into(),
+        ..mount
+    };
+    for bad in [
+        image("", "", true),
+        image("web", "/srv", true),
+        image("web", "", false),
+        sub_path(image("web", "", true), "a\0b"),
+        sub_path(bind("/a", "/srv"), "sub"),
+        bind("/a", ""),
+        bind("/a", "relative"),
+        bind("/a", "/a\0b"),
+    ] {
+        assert_eq!(refused(bad, none), ErrorKind::InvalidArgument);
+    }
     let half = Mount {
         uid_mappings: vec![IdMapping::default()],
         ..bind("/a", "/srv")

@@ -67,13 +67,19 @@ impl Context {
         }
         let pods = self.registry.pods();
         let containers = pods.iter().flat_map(|pod| &pod.containers);
-        let layers = containers.flat_map(|container| &container.facts.record.layers);
+        let layers = containers.flat_map(|container| {
+            let record = &container.facts.record;
+            let mounted = record.image_mounts.iter().flat_map(|image| &image.layers);
+            record.layers.iter().chain(mounted)
+        });
         layers.filter_map(|layer| layer.parse().ok()).collect()
     }
 
-    /// A container of `image` has gone: when the image was removed before it, its layers go now.
-    pub(crate) fn layers_freed(self: &Arc<Self>, image: &str) {
-        if matches!(self.images.status(image), Ok(Some(_))) {
+    /// A container has gone: when an image of its was removed before it, the layers go now.
+    pub(crate) fn layers_freed(self: &Arc<Self>, container: &record::ContainerConfig) {
+        let mounted = container.image_mounts.iter().map(|image| &image.image_id);
+        let mut images = mounted.chain([&container.image_id]);
+        if images.all(|image| matches!(self.images.status(image), Ok(Some(_)))) {
             return;
         }
         let ctx = Arc::clone(self);

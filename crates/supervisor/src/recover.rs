@@ -18,7 +18,7 @@ use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRe
 use prost::Message;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::container::{Container, half_made, lost_exit, read_exit, remove_files};
+use crate::container::{Container, half_made, lost_exit, read_exit, remove_files, unmount};
 use crate::pod::{Driver, MAILBOX, Msg, blocking, end_shim, kill, release_network, sweep};
 use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
 use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
@@ -621,13 +621,9 @@ fn remove_orphans(ctx: &Context) -> usize {
             continue;
         };
         if !known_container(&id) {
-            let outcome = ctx
-                .snapshotter
-                .unmount(&dirs.rootfs(&id))
-                .map_err(|error| error.to_string())
-                .and_then(|()| {
-                    rundir::remove_dir(&dirs.container(&id)).map_err(|error| error.to_string())
-                });
+            let outcome = unmount(ctx, &id)
+                .and_then(|()| rundir::remove_dir(&dirs.container(&id)))
+                .map_err(|error| error.to_string());
             note("container directory", id.as_str(), outcome);
         }
     }

@@ -8,6 +8,7 @@
 //! <state>/containers/<container id>/ config status       sealed ContainerConfig, ContainerStatus
 //!                       config.json                      the OCI bundle
 //!                       rootfs/                          mount point
+//!                       images/<n>/                      mount points: images among its mounts
 //!                       exit                             written by the shim
 //! <netns dir>/gantry-<pod id>                            pinned network namespace
 //! ```
@@ -69,6 +70,10 @@ impl RunDirs {
 
     pub fn rootfs(&self, id: &ContainerId) -> PathBuf {
         self.container(id).join("rootfs")
+    }
+
+    pub fn images(&self, id: &ContainerId) -> PathBuf {
+        self.container(id).join("images")
     }
 
     pub fn netns(&self, id: &PodId) -> PathBuf {

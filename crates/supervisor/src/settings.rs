@@ -34,6 +34,8 @@ pub struct HandlerFeatures {
 
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// `/var/lib/gantry`: records, images, layers.
+    pub root: PathBuf,
     /// `/run/gantry`: run directories, on a tmpfs.
     pub state: PathBuf,
     /// Directory of pinned network namespaces, `/var/run/netns`.

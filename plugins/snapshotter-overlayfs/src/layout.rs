@@ -32,6 +32,8 @@ impl Layout {
             layout.stages(),
             layout.snapshots(),
             layout.trash(),
+            layout.empty(0),
+            layout.empty(1),
         ] {
             DirBuilder::new()
                 .mode(0o700)
@@ -69,6 +71,11 @@ impl Layout {
 
     pub fn trash(&self) -> PathBuf {
         self.root.join("trash")
+    }
+
+    /// A directory that stays empty: overlayfs without a writable part wants two others.
+    pub fn empty(&self, n: usize) -> PathBuf {
+        self.root.join("empty").join(n.to_string())
     }
 
     /// A new directory, mode 0700, below `stages`.

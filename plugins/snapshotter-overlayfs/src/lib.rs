@@ -4,6 +4,8 @@
 //! <root>/overlayfs/layers/<hex of chain id>/{fs,usage}   committed layers
 //!                  stages/<serial>/{fs,usage}            layers being unpacked
 //!                  snapshots/<container id>/{fs,work}    writable parts
+//!                                           volumes/      what is mounted into that container
+//!                  empty/{0,1}                           below layers that are mounted alone
 //!                  trash/                                renamed away, being deleted
 //! ```
 //!
@@ -98,6 +100,14 @@ impl Snapshotter for Overlayfs {
         snapshots::mount(&self.layout, container, layers, target)
     }
 
+    fn view(&self, layers: &[Digest], target: &Path) -> Result<(), Error> {
+        snapshots::view(&self.layout, layers, target)
+    }
+
+    fn volumes(&self, container: &ContainerId) -> Result<PathBuf, Error> {
+        snapshots::volumes(&self.layout, container)
+    }
+
     fn unmount(&self, target: &Path) -> Result<(), Error> {
         mount::unmount(target)
     }
@@ -141,7 +151,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let work = tempfile::tempdir().unwrap();
         let s = Overlayfs::open(work.path()).unwrap();
-        for dir in ["", "layers", "stages", "snapshots", "trash"] {
+        for dir in ["", "layers", "stages", "snapshots", "trash", "empty"] {
             let mode = std::fs::metadata(s.root().join(dir))
                 .unwrap()
                 .permissions()

@@ -16,6 +16,11 @@ use rustix::mount::{
 pub struct Overlay {
     /// Topmost first.
     pub lower: Vec<PathBuf>,
+    /// Without it nobody can write: the file system itself is read-only.
+    pub writable: Option<Writable>,
+}
+
+pub struct Writable {
     pub upper: PathBuf,
     pub work: PathBuf,
 }
@@ -166,8 +171,10 @@ fn with_context(dirs: &Overlay, target: &Path) -> Result<(), Failure> {
     for dir in &dirs.lower {
         set("lowerdir+", dir)?;
     }
-    set("upperdir", &dirs.upper)?;
-    set("workdir", &dirs.work)?;
+    if let Some(Writable { upper, work }) = &dirs.writable {
+        set("upperdir", upper)?;
+        set("workdir", work)?;
+    }
     if knows_index() {
         set("index", Path::new("off"))?;
     }
@@ -206,8 +213,10 @@ fn with_page(dirs: &Overlay, target: &Path) -> Result<(), Failure> {
     for (n, dir) in dirs.lower.iter().enumerate() {
         push(if n == 0 { "lowerdir=" } else { ":" }, dir)?;
     }
-    push(",upperdir=", &dirs.upper)?;
-    push(",workdir=", &dirs.work)?;
+    if let Some(Writable { upper, work }) = &dirs.writable {
+        push(",upperdir=", upper)?;
+        push(",workdir=", work)?;
+    }
     if knows_index() {
         options.extend_from_slice(b",index=off");
     }
@@ -267,7 +276,8 @@ mod tests {
         let (upper, work) = (root.join("upper"), root.join("work"));
         fs::create_dir(&upper).unwrap();
         fs::create_dir(&work).unwrap();
-        Overlay { lower, upper, work }
+        let writable = Some(Writable { upper, work });
+        Overlay { lower, writable }
     }
 
     fn check(
@@ -328,8 +338,10 @@ mod tests {
     fn a_failed_mount_names_the_target_and_what_the_kernel_said() {
         let missing = Overlay {
             lower: vec!["/nonexistent/lower".into()],
-            upper: "/nonexistent/upper".into(),
-            work: "/nonexistent/work".into(),
+            writable: Some(Writable {
+                upper: "/nonexistent/upper".into(),
+                work: "/nonexistent/work".into(),
+            }),
         };
         if !rustix::process::geteuid().is_root() {
             println!("SKIP a_failed_mount_names_the_target: mounting needs root");

@@ -79,11 +79,7 @@ pub fn mount(
     if mount::is_mount_point(target)? {
         return Ok(());
     }
-    let lower = layers
-        .iter()
-        .rev()
-        .map(|chain| existing(layout, chain))
-        .collect::<Result<Vec<_>, _>>()?;
+    let lower = lowers(layout, layers)?;
     if lower.is_empty() {
         // overlayfs wants at least one lower directory.
         return mount::bind(&upper, target);
@@ -91,11 +87,42 @@ pub fn mount(
     mount::overlay(
         &mount::Overlay {
             lower,
-            upper,
-            work: snapshot.join("work"),
+            writable: Some(mount::Writable {
+                upper,
+                work: snapshot.join("work"),
+            }),
         },
         target,
     )
+}
+
+/// Trees of the layers, topmost first.
+fn lowers(layout: &Layout, layers: &[Digest]) -> Result<Vec<PathBuf>, Error> {
+    let layers = layers.iter().rev();
+    layers.map(|chain| existing(layout, chain)).collect()
+}
+
+pub fn view(layout: &Layout, layers: &[Digest], target: &Path) -> Result<(), Error> {
+    if mount::is_mount_point(target)? {
+        return Ok(());
+    }
+    let mut lower = lowers(layout, layers)?;
+    // A bind mount of the one layer would do too, but whoever has the capability could make it
+    // writable again, and with it the layer of every other container.
+    for n in 0..2_usize.saturating_sub(lower.len()) {
+        lower.push(layout.empty(n));
+    }
+    let writable = None;
+    mount::overlay(&mount::Overlay { lower, writable }, target)
+}
+
+pub fn volumes(layout: &Layout, container: &ContainerId) -> Result<PathBuf, Error> {
+    let dir = layout.snapshot(container).join("volumes");
+    match fs::create_dir(&dir) {
+        Ok(()) => Ok(dir),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(dir),
+        Err(e) => Err(Error::io(format_args!("create {}", dir.display()), e)),
+    }
 }
 
 pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Usage, Error> {
@@ -103,11 +130,18 @@ pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Usage, Error> {
     let mut usage = Usage::default();
     // A file with several names counts once.
     let mut linked = HashSet::new();
-    let root = fs::symlink_metadata(&upper)
-        .map_err(|e| Error::io(format_args!("stat {}", upper.display()), e))?;
-    usage.bytes += root.blocks() * 512;
-    usage.inodes += 1;
-    let mut pending = vec![upper];
+    let mut pending = Vec::new();
+    for root in [upper, layout.snapshot(container).join("volumes")] {
+        let metadata = match fs::symlink_metadata(&root) {
+            Ok(metadata) => metadata,
+            // Most containers have no volumes.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !pending.is_empty() => continue,
+            Err(e) => return Err(Error::io(format_args!("stat {}", root.display()), e)),
+        };
+        usage.bytes += metadata.blocks() * 512;
+        usage.inodes += 1;
+        pending.push(root);
+    }
     while let Some(dir) = pending.pop() {
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,

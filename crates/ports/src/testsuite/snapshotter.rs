@@ -46,6 +46,8 @@ pub fn run(open: impl Fn(&Path) -> Box<dyn Snapshotter>, work: &Path) {
     deletions_hide_the_parent(s.as_ref(), &target);
     the_root_has_the_mode_of_the_top_layer(s.as_ref(), &target);
     an_image_without_layers_is_an_empty_root(s.as_ref(), &target);
+    a_view_shows_layers_and_nobody_can_write(s.as_ref(), &target);
+    volumes_are_counted_and_removed_with_the_snapshot(s.as_ref());
     removal_is_idempotent(s.as_ref());
 }
 
@@ -197,6 +199,46 @@ fn an_image_without_layers_is_an_empty_root(s: &dyn Snapshotter, target: &Path) 
     s.unmount(target).expect("unmount");
     assert!(!target.join("x").exists());
     s.remove(&id).expect("remove");
+}
+
+fn a_view_shows_layers_and_nobody_can_write(s: &dyn Snapshotter, target: &Path) {
+    let (base, top) = (digest(1), digest(2));
+    for (layers, names) in [
+        (vec![base.clone(), top], vec!["bin", "etc"]),
+        (vec![base], vec!["bin", "etc"]),
+        (Vec::new(), Vec::new()),
+    ] {
+        s.view(&layers, target).expect("view");
+        s.view(&layers, target).expect("view is idempotent");
+        let mut found: Vec<_> = fs::read_dir(target)
+            .expect("read")
+            .map(|entry| entry.expect("entry").file_name())
+            .collect();
+        found.sort();
+        assert_eq!(found, names);
+        let motd = target.join("etc/motd").exists();
+        assert_eq!(motd, layers.len() == 2, "the top layer's file");
+        let written = fs::write(target.join("new"), "x").expect_err("nobody writes");
+        assert_eq!(written.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        s.unmount(target).expect("unmount");
+        assert_eq!(fs::read_dir(target).expect("read").count(), 0);
+    }
+    assert!(s.view(&[digest(99)], target).is_err(), "an absent layer");
+    assert!(s.snapshots().expect("snapshots").is_empty());
+}
+
+fn volumes_are_counted_and_removed_with_the_snapshot(s: &dyn Snapshotter) {
+    let id = container(5);
+    assert!(s.volumes(&id).is_err(), "no snapshot");
+    s.prepare(&id, &[digest(1)]).expect("prepare");
+    let before = s.usage(&id).expect("usage");
+    let dir = s.volumes(&id).expect("volumes");
+    assert_eq!(s.volumes(&id).expect("again"), dir);
+    fs::write(dir.join("big"), vec![7; 100_000]).expect("write");
+    let after = s.usage(&id).expect("usage");
+    assert!(after.bytes >= before.bytes + 100_000 && after.inodes >= before.inodes + 2);
+    s.remove(&id).expect("remove");
+    assert!(!dir.exists());
 }
 
 fn removal_is_idempotent(s: &dyn Snapshotter) {

@@ -12,12 +12,12 @@ use prost::Message;
 
 use super::relabel::relabel;
 use super::resolve::{self, Sources};
-use super::{Container, stop};
+use super::{Container, mounts, root, stop};
 use crate::clock::now_ns;
 use crate::pod::{Driver, Reply, answer};
 use crate::records::set_container_state;
 use crate::registry::{ContainerFacts, PodFacts};
-use crate::rundir::{make_dir, write_file};
+use crate::rundir::write_file;
 use crate::{Context, Error, failpoint};
 
 /// `reason` of a container that could not be made and not be taken back.
@@ -60,10 +60,12 @@ impl Driver {
         }
         let prepared = self.target_pid(&config).and_then(|target| {
             let image = Arc::new(find_image(&self.ctx, &config)?);
-            let facts = facts(&self.ctx, &self.facts, config, config_hash, &image)?;
-            Ok((target, image, facts))
+            let mounted = mounts::find_images(&self.ctx, &config)?;
+            let mut facts = facts(&self.ctx, &self.facts, config, config_hash, &image)?;
+            facts.record.image_mounts = mounts::image_records(&mounted);
+            Ok((target, image, mounted, facts))
         });
-        let (target_pid, image, facts) = match prepared {
+        let (target_pid, image, mounted, facts) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 let _ = reply.send(Err(error));
@@ -87,7 +89,7 @@ impl Driver {
         let (ctx, pod) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
         let id = facts.id.clone();
         // Its layers are held until the container is published with their names.
-        let lease = Arc::clone(&image);
+        let leases = (Arc::clone(&image), mounted);
         self.effect(
             async move {
                 let made = tokio::task::spawn_blocking(move || {
@@ -102,7 +104,7 @@ impl Driver {
             },
             move |driver, outcome| {
                 driver.finish_create(&id, outcome);
-                drop(lease);
+                drop(leases);
             },
         );
     }
@@ -265,6 +267,7 @@ fn facts(
         stop_signal,
         cgroup_dir: place.dir.to_string_lossy().into_owned(),
         oom_file: place.oom_file.to_string_lossy().into_owned(),
+        image_mounts: Vec::new(),
     };
     Ok(ContainerFacts {
         id,
@@ -336,17 +339,9 @@ fn steps(
     ctx.records
         .begin_container(&facts.id, &facts.record, &status)?;
     failpoint::at("container::after-intent")?;
-    let dirs = &ctx.records.dirs;
-    let rootfs = dirs.rootfs(&facts.id);
-    make_dir(&rootfs).map_err(|error| Error::io("make root", &rootfs, &error))?;
-    let step = Error::step("prepare root");
-    ctx.snapshotter
-        .prepare(&facts.id, &image.layers)
-        .map_err(&step)?;
-    ctx.snapshotter
-        .mount(&facts.id, &image.layers, &rootfs)
-        .map_err(&step)?;
+    root::make(ctx, facts, image)?;
     failpoint::at("container::after-root")?;
+    let volumes = root::volumes(ctx, facts, image)?;
 
     let parent = pod
         .config
@@ -363,7 +358,10 @@ fn steps(
         place: &place,
         target_pid,
     };
-    let resolved = sources.resolve()?;
+    let resolved = Resolved {
+        volumes,
+        ..sources.resolve()?
+    };
     label_files(&facts.config, &resolved)?;
     status.user = Some(record::User {
         uid: resolved.user.uid,
@@ -373,7 +371,7 @@ fn steps(
     let spec = gantry_spec::container(&facts.config, &pod.config, &resolved)
         .map_err(Error::step("build spec"))?;
     let json = serde_json::to_vec(&spec).map_err(|error| Error::internal("encode spec", error))?;
-    let path = dirs.container(&facts.id).join("config.json");
+    let path = ctx.records.dirs.container(&facts.id).join("config.json");
     write_file(&path, &json, 0o600).map_err(|error| Error::io("write spec", &path, &error))?;
 
     set_container_state(&mut status, &ContainerState::Created);
@@ -392,8 +390,12 @@ fn label_files(config: &cri::ContainerConfig, resolved: &Resolved) -> Result<(),
     for file in own.into_iter().flatten() {
         relabel(file, &labels.mount)?;
     }
+    for volume in &resolved.volumes {
+        relabel(&volume.source, &labels.mount)?;
+    }
     for (asked, host) in config.mounts.iter().zip(&resolved.mounts) {
-        if asked.selinux_relabel {
+        // The layers of an image are shared with others, and read-only.
+        if asked.selinux_relabel && asked.image.is_none() {
             relabel(&host.source, &labels.mount)?;
         }
     }

@@ -3,8 +3,10 @@
 
 mod create;
 mod exec;
+mod mounts;
 mod relabel;
 mod resolve;
+mod root;
 mod start;
 mod stop;
 mod update;
@@ -26,6 +28,7 @@ use crate::registry::{ContainerFacts, ContainerView};
 pub(crate) use create::half_made;
 pub use exec::ExecOutput;
 pub(crate) use exec::exec_sync;
+pub(crate) use mounts::unmount;
 pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files};
 
 pub(crate) struct Container {

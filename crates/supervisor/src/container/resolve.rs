@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use gantry_cri_api::v1 as cri;
 use gantry_images::Image;
 use gantry_spec::resolved::{
-    Cgroup, Device, DeviceKind, HostMount, KnownCapabilities, Namespace, Namespaces, PodFiles,
-    Resolved, Seccomp, SelinuxLabels,
+    Cgroup, Device, DeviceKind, KnownCapabilities, Namespace, Namespaces, PodFiles, Resolved,
+    Seccomp, SelinuxLabels,
 };
 use gantry_spec::security::Profile;
 use gantry_spec::user::User;
@@ -117,7 +117,7 @@ impl Sources<'_> {
                     ctx.records.dirs.shm(&self.pod.id)
                 }),
             },
-            mounts: mounts(config)?,
+            mounts: super::mounts::resolve(ctx, self.container)?,
             volumes: Vec::new(),
             devices: devices(config)?,
             host_devices: if privileged {
@@ -271,91 +271,6 @@ fn account_file(rootfs: &Path, name: &str) -> Result<Vec<u8>, Error> {
         .read_to_end(&mut bytes)
         .map_err(|error| Error::io(STEP, &path, &error))?;
     Ok(bytes)
-}
-
-/// The host side of the request's mounts, in their order. A missing source is made, as Docker
-/// and containerd do and pods rely on.
-fn mounts(config: &cri::ContainerConfig) -> Result<Vec<HostMount>, Error> {
-    const STEP: &str = "resolve mount";
-    let mut table = None;
-    let mut mounts = Vec::with_capacity(config.mounts.len());
-    for (n, mount) in config.mounts.iter().enumerate() {
-        let field = format!("mounts[{n}]");
-        if mount
-            .image
-            .as_ref()
-            .is_some_and(|image| !image.image.is_empty())
-        {
-            return Err(Error::Failed {
-                step: STEP,
-                kind: gantry_types::ErrorKind::Unimplemented,
-                message: format!("{field}.image: image volumes are not served yet"),
-            });
-        }
-        let path = Path::new(&mount.host_path);
-        if !path.is_absolute() {
-            return Err(Error::Invalid {
-                field: format!("{field}.host_path"),
-                reason: format!("{:?} is not absolute", mount.host_path),
-            });
-        }
-        if !path.exists() {
-            crate::rundir::make_public_dir(path).map_err(|error| Error::io(STEP, path, &error))?;
-        }
-        let source = fs::canonicalize(path).map_err(|error| Error::io(STEP, path, &error))?;
-        let (mut shared, mut slave) = (false, false);
-        if mount.propagation() != cri::MountPropagation::PropagationPrivate {
-            if table.is_none() {
-                let text = fs::read_to_string(MOUNTINFO)
-                    .map_err(|error| Error::io(STEP, Path::new(MOUNTINFO), &error))?;
-                table = Some(text);
-            }
-            (shared, slave) = propagation(table.as_deref().unwrap_or_default(), &source);
-        }
-        mounts.push(HostMount {
-            source,
-            shared,
-            slave,
-        });
-    }
-    Ok(mounts)
-}
-
-const MOUNTINFO: &str = "/proc/self/mountinfo";
-
-/// Whether the mount that holds `path` is shared, and whether it is a slave (proc(5) mountinfo).
-fn propagation(table: &str, path: &Path) -> (bool, bool) {
-    let mut best = (0, false, false);
-    for line in table.lines() {
-        let Some((head, _)) = line.split_once(" - ") else {
-            continue;
-        };
-        let mut fields = head.split(' ');
-        let Some(point) = fields.nth(4).map(unescape) else {
-            continue;
-        };
-        if !path.starts_with(&point) || point.len() < best.0 {
-            continue;
-        }
-        // Later lines cover earlier ones at the same point.
-        let optional: Vec<_> = fields.skip(1).collect();
-        best = (
-            point.len(),
-            optional.iter().any(|field| field.starts_with("shared:")),
-            optional.iter().any(|field| field.starts_with("master:")),
-        );
-    }
-    (best.1, best.2)
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
-fn unescape(field: &str) -> String {
-    ["\\040", "\\011", "\\012", "\\134"]
-        .iter()
-        .zip([" ", "\t", "\n", "\\"])
-        .fold(field.to_owned(), |text, (code, plain)| {
-            text.replace(code, plain)
-        })
 }
 
 /// The request's devices; a directory stands for the nodes below it.
@@ -516,22 +431,6 @@ fn read_profile(path: &Path) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_path_has_the_propagation_of_the_mount_that_holds_it() {
-        let table = "\
-22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
-30 22 0:25 / /run rw shared:5 - tmpfs tmpfs rw
-31 30 0:26 / /run/with\\040space rw shared:7 master:6 - tmpfs tmpfs rw
-";
-        assert_eq!(propagation(table, Path::new("/etc")), (false, false));
-        assert_eq!(propagation(table, Path::new("/run/x")), (true, false));
-        assert_eq!(
-            propagation(table, Path::new("/run/with space/x")),
-            (true, true)
-        );
-        assert_eq!(propagation(table, Path::new("/running")), (false, false));
-    }
 
     #[test]
     fn account_files_are_read_only_from_beneath_the_root() {

@@ -245,14 +245,10 @@ impl Driver {
 
     /// A dead container needs no root mount; its removal would do the same later.
     fn unmount_root(&mut self, id: &ContainerId) {
-        let (ctx, root) = (Arc::clone(&self.ctx), self.ctx.records.dirs.rootfs(id));
+        let (ctx, key) = (Arc::clone(&self.ctx), id.clone());
         let id = id.clone();
         self.blocking(
-            move || {
-                ctx.snapshotter
-                    .unmount(&root)
-                    .map_err(Error::step("unmount root"))
-            },
+            move || super::unmount(&ctx, &key),
             move |_, outcome| {
                 if let Err(error) = outcome {
                     tracing::warn!(container = %id, %error, "root of a dead container");
@@ -293,10 +289,10 @@ impl Driver {
                 answer(container.remove.take().unwrap_or_default(), &outcome);
                 match outcome {
                     Ok(()) => {
-                        let image = container.facts.record.image_id.clone();
+                        let facts = Arc::clone(&container.facts);
                         driver.drop_container(&id);
                         driver.publish();
-                        driver.ctx.layers_freed(&image);
+                        driver.ctx.layers_freed(&facts.record);
                     }
                     Err(error) => driver.give_up_removal(&error),
                 }
@@ -358,12 +354,11 @@ pub(crate) fn read_exit(bundle: &std::path::Path) -> Option<Exit> {
     }
 }
 
-/// Mount, snapshot, run directory and records, in this order: the record goes last.
+/// Mounts, snapshot, run directory and records, in this order: the record goes last.
 pub(crate) fn remove_files(ctx: &Context, id: &ContainerId) -> Result<(), Error> {
-    let step = Error::step("remove container");
+    super::unmount(ctx, id)?;
     ctx.snapshotter
-        .unmount(&ctx.records.dirs.rootfs(id))
-        .map_err(&step)?;
-    ctx.snapshotter.remove(id).map_err(&step)?;
+        .remove(id)
+        .map_err(Error::step("remove container"))?;
     ctx.records.forget_container(id)
 }

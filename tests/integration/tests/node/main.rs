@@ -8,6 +8,7 @@ mod exec;
 mod images;
 mod lists;
 mod lost;
+mod mounts;
 mod pods;
 mod refused;
 mod repeated;

@@ -1,0 +1,272 @@
+//! Copying a directory with all that is in it, by descriptors and without following a link.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs as rfs;
+
+use crate::fs::{self, FileType, OFlags, ResolveFlags, Stat};
+
+const DIRECTORY: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW);
+
+/// Copies what is in directory `from` into the empty directory `to`, and gives `to` itself the
+/// owner, mode, attributes and times of `from`. Hard links within the tree stay hard links.
+/// Extended attributes that `keep` refuses and sockets, at whose copy nobody listens, are left out.
+///
+/// Nobody may write to either tree meanwhile. However deep the tree is, two directories are open
+/// at a time; one deeper than a path can name (PATH_MAX) is an error. After an error `to` holds a
+/// part of the copy.
+pub fn copy(from: &OwnedFd, to: &OwnedFd, keep: impl Fn(&OsStr) -> bool) -> io::Result<()> {
+    let mut copy = Copy {
+        from,
+        to,
+        keep,
+        links: HashMap::new(),
+    };
+    // Of directories as they are met: parents before what is in them.
+    let mut found = vec![PathBuf::from(".")];
+    let mut next = 0;
+    while let Some(dir) = found.get(next).cloned() {
+        copy.directory(&dir, &mut found)?;
+        next += 1;
+    }
+    // Last and from the leaves up: a default ACL would be inherited by what is made below it, and
+    // each entry made changes the time of its directory.
+    for dir in found.iter().rev() {
+        let (old, new) = copy.open(dir)?;
+        let stat = fs::fstat(&old)?;
+        copy.dress(&old, &new, &stat)?;
+        times(&new, &stat)?;
+    }
+    Ok(())
+}
+
+struct Copy<'a, F> {
+    from: &'a OwnedFd,
+    to: &'a OwnedFd,
+    keep: F,
+    /// By inode number in `from`, for files with several names: the copy.
+    links: HashMap<u64, PathBuf>,
+}
+
+impl<F: Fn(&OsStr) -> bool> Copy<'_, F> {
+    /// The directory in both trees.
+    fn open(&self, dir: &Path) -> io::Result<(OwnedFd, OwnedFd)> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let open = |root: &OwnedFd| fs::openat2(root, dir, DIRECTORY, 0, resolve);
+        Ok((open(self.from)?, open(self.to)?))
+    }
+
+    fn directory(&mut self, dir: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
+        let (old, new) = self.open(dir)?;
+        for entry in rfs::Dir::read_from(&old)? {
+            let entry = entry?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            let path = dir.join(name);
+            let stat = fs::lstatat(&old, name)?;
+            if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+                fs::mkdirat(&new, name, 0o700)?;
+                found.push(path);
+            } else {
+                self.file((&old, &new), name, path, &stat)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn file(
+        &mut self,
+        (old, new): (&OwnedFd, &OwnedFd),
+        name: &OsStr,
+        path: PathBuf,
+        stat: &Stat,
+    ) -> io::Result<()> {
+        if stat.st_nlink > 1 {
+            if let Some(first) = self.links.get(&stat.st_ino) {
+                return link(self.to, first, new, name);
+            }
+            self.links.insert(stat.st_ino, path);
+        }
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        match kind {
+            FileType::Socket => {
+                self.links.remove(&stat.st_ino);
+                return Ok(());
+            }
+            FileType::Symlink => {
+                let target = rfs::readlinkat(old, name, Vec::new())?;
+                fs::symlinkat(OsStr::from_bytes(target.to_bytes()), new, name)?;
+            }
+            FileType::RegularFile => {
+                let mut data = File::from(fs::open_nofollow(old, name, OFlags::RDONLY, 0)?);
+                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+                let mut copy = File::from(fs::open_nofollow(new, name, flags, 0o600)?);
+                io::copy(&mut data, &mut copy)?;
+            }
+            kind => {
+                let (major, minor) = (rfs::major(stat.st_rdev), rfs::minor(stat.st_rdev));
+                fs::mknodat(new, name, kind, 0o600, major, minor)?;
+            }
+        }
+        let open = |dir: &OwnedFd| fs::open_nofollow(dir, name, OFlags::PATH, 0);
+        self.dress(&open(old)?, &open(new)?, stat)?;
+        let (seconds, nanos) = modified(stat);
+        fs::lutimensat(new, name, seconds, nanos)
+    }
+
+    /// Owner, mode and attributes, in this order: a change of owner takes set-id bits and file
+    /// capabilities away.
+    fn dress(&self, old: &OwnedFd, new: &OwnedFd, stat: &Stat) -> io::Result<()> {
+        fs::chown(new, stat.st_uid, stat.st_gid)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
+            fs::chmod(new, stat.st_mode)?;
+        }
+        let names: Vec<OsString> = match fs::list_xattr(old) {
+            Err(error) if unsupported(&error) => Vec::new(),
+            names => names?,
+        };
+        for name in names.iter().filter(|name| (self.keep)(name)) {
+            let Some(value) = fs::get_xattr(old, name)? else {
+                continue;
+            };
+            match fs::set_xattr(new, name, &value) {
+                // The other file system has none; nothing that runs there expects them.
+                Err(error) if unsupported(&error) => {}
+                set => set?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A second name for what was copied as `first`.
+fn link(root: &OwnedFd, first: &Path, dir: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    let (parent, base) = match (first.parent(), first.file_name()) {
+        (Some(parent), Some(base)) => (parent, base),
+        _ => return Err(io::ErrorKind::InvalidInput.into()),
+    };
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let parent = fs::openat2(root, parent, DIRECTORY, 0, resolve)?;
+    fs::linkat(&parent, base, dir, name)
+}
+
+fn unsupported(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EOPNOTSUPP)
+}
+
+fn modified(stat: &Stat) -> (i64, u32) {
+    // The kernel gives nanoseconds below a billion, in a type that differs by architecture.
+    let nanos = u32::try_from(stat.st_mtime_nsec).unwrap_or_default();
+    #[allow(clippy::useless_conversion)]
+    (i64::from(stat.st_mtime), nanos)
+}
+
+fn times(dir: impl AsFd, stat: &Stat) -> io::Result<()> {
+    let (seconds, nanos) = modified(stat);
+    fs::futimens(dir, seconds, nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs as std_fs;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+
+    fn is_root(test: &str) -> bool {
+        let root = rustix::process::geteuid().is_root();
+        if !root {
+            println!("SKIP {test}: changing owners needs root");
+        }
+        root
+    }
+
+    fn copy_of(from: &Path, to: &Path) -> io::Result<()> {
+        std_fs::create_dir(to)?;
+        let open = |path: &Path| rfs::open(path, DIRECTORY, rfs::Mode::empty());
+        copy(&open(from)?, &open(to)?, |name| name != "user.no")
+    }
+
+    #[test]
+    fn everything_but_sockets_is_copied_as_it_is() {
+        if !is_root("everything_but_sockets_is_copied_as_it_is") {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        std_fs::create_dir_all(from.join("a/b")).unwrap();
+        std_fs::write(from.join("a/b/file"), "text").unwrap();
+        std_fs::hard_link(from.join("a/b/file"), from.join("twin")).unwrap();
+        symlink("/etc/passwd", from.join("link")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(from.join("socket")).unwrap();
+        let root = fs::open_root(&from).unwrap();
+        let null = OsStr::new("null");
+        fs::mknodat(&root, null, FileType::CharacterDevice, 0o666, 1, 3).unwrap();
+        fs::mknodat(&root, OsStr::new("fifo"), FileType::Fifo, 0o640, 0, 0).unwrap();
+        for (path, uid, mode) in [
+            ("a/b/file", 7, 0o4711),
+            ("a/b", 8, 0o1770),
+            (".", 9, 0o2750),
+        ] {
+            std::os::unix::fs::chown(from.join(path), Some(uid), Some(uid + 100)).unwrap();
+            std_fs::set_permissions(from.join(path), PermissionsExt::from_mode(mode)).unwrap();
+        }
+        let file = fs::open_root(&from.join("a")).unwrap();
+        let user_xattrs = fs::set_xattr(&file, OsStr::new("user.yes"), b"1").is_ok();
+        let _ = fs::set_xattr(&file, OsStr::new("user.no"), b"2");
+        fs::lutimensat(&root, OsStr::new("a"), 1_000_000_000, 7).unwrap();
+
+        copy_of(&from, &to).unwrap();
+        let meta = |path: &str| std_fs::symlink_metadata(to.join(path)).unwrap();
+        for (path, uid, mode) in [
+            ("a/b/file", 7, 0o4711),
+            ("a/b", 8, 0o1770),
+            (".", 9, 0o2750),
+        ] {
+            let copy = meta(path);
+            assert_eq!((copy.uid(), copy.gid()), (uid, uid + 100), "{path}");
+            assert_eq!(copy.permissions().mode() & 0o7777, mode, "{path}");
+        }
+        assert_eq!(std_fs::read_to_string(to.join("twin")).unwrap(), "text");
+        assert_eq!(meta("twin").ino(), meta("a/b/file").ino());
+        assert_ne!(
+            meta("twin").ino(),
+            std_fs::metadata(from.join("twin")).unwrap().ino()
+        );
+        let link = std_fs::read_link(to.join("link")).unwrap();
+        assert_eq!(link, Path::new("/etc/passwd"));
+        assert_eq!(meta("null").rdev(), 0x103);
+        assert!(meta("fifo").file_type().is_fifo());
+        assert!(!to.join("socket").exists());
+        assert_eq!(
+            (meta("a").mtime(), meta("a").mtime_nsec()),
+            (1_000_000_000, 7)
+        );
+        if user_xattrs {
+            let names = fs::list_xattr(fs::open_root(&to.join("a")).unwrap()).unwrap();
+            assert_eq!(names, ["user.yes"]);
+        }
+    }
+
+    #[test]
+    fn a_deep_tree_is_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("from");
+        let deep: PathBuf = std::iter::repeat_n("d", 600).collect();
+        std_fs::create_dir_all(from.join(&deep)).unwrap();
+        std_fs::write(from.join(&deep).join("leaf"), "x").unwrap();
+        if is_root("a_deep_tree_is_copied") {
+            copy_of(&from, &dir.path().join("to")).unwrap();
+            assert!(dir.path().join("to").join(&deep).join("leaf").exists());
+        }
+    }
+}
