@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use crate::skips::Skips;
+use crate::skips::{Skips, When};
 
 /// What ended well, as ginkgo spells it.
 const PASSED: &str = "passed";
@@ -96,6 +96,9 @@ impl Outcome {
         // A spec that skipped itself says why; one that was not selected says nothing.
         let by_itself = entry.failure.is_some();
         match (entry.state.as_str(), skips.of(name)) {
+            (SKIPPED, Some(skip)) if !by_itself && !all && skip.when != When::NotYet => {
+                self.not_selected += 1;
+            }
             (SKIPPED | PENDING, Some(skip)) => {
                 let key = (skip.specs.clone(), skip.reason.clone());
                 *self.skipped.entry(key).or_default() += 1;
@@ -199,6 +202,9 @@ mod tests {
         let outcome = judge(&specs, "", false);
         assert_eq!((outcome.passed, outcome.not_selected), (1, 1));
         assert_eq!(failed(&outcome), ["[k] Pod lacks"]);
+        let list = "no rro | [k] Pod other | x\nno rro | [k] Pod lacks | x\n";
+        let outcome = judge(&specs, list, false);
+        assert_eq!((outcome.not_selected, outcome.skipped.len()), (1, 1));
         // critest leaves its benchmarks out by itself.
         let benchmark = [spec("benchmark about", "skipped", None)];
         assert!(judge(&benchmark, "", true).failed.is_empty());
