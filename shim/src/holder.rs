@@ -47,6 +47,8 @@ pub struct Holder {
     pub process: ProcessRef,
     pub alive: bool,
     pins: Vec<PathBuf>,
+    /// Owner on the host of what belongs to root in the pod's user namespace, if it has one.
+    pub mapped_root: Option<(u32, u32)>,
     cgroups: Vec<PathBuf>,
     /// Cgroups that it is yet to join.
     pending: Vec<PathBuf>,
@@ -107,6 +109,7 @@ impl Holder {
             process,
             alive: true,
             pins: Vec::new(),
+            mapped_root: mapped_root(spec),
             cgroups: made,
             pending,
         };
@@ -363,6 +366,14 @@ fn sysctls(spec: &v1::Holder) -> Result<Vec<(String, PathBuf, String)>, Error> {
         Ok((name.clone(), path, value.clone()))
     };
     spec.sysctls.iter().map(one).collect()
+}
+
+fn mapped_root(spec: &v1::Holder) -> Option<(u32, u32)> {
+    let root = |mappings: &[v1::IdMapping]| {
+        let of_root = mappings.iter().find(|map| map.container_id == 0);
+        of_root.map(|map| map.host_id)
+    };
+    Some((root(&spec.uid_mappings)?, root(&spec.gid_mappings)?))
 }
 
 fn write_map(pid: i32, file: &str, mappings: &[v1::IdMapping]) -> Result<(), Error> {

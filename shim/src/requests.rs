@@ -195,7 +195,8 @@ impl Shim {
         let number = self.number();
         let bundle = PathBuf::from(&start.bundle);
         let mut container = Container::new(number, start, log);
-        let streams = open_streams(&mut container, &self.run_dir)?;
+        let owner = self.holder.mapped_root;
+        let streams = open_streams(&mut container, &self.run_dir, owner)?;
         let pid_file = bundle.join("pid");
         // What an earlier attempt in the same bundle left must not be read as this one's.
         for stale in [&pid_file, &bundle.join("exit")] {
@@ -597,6 +598,9 @@ impl Shim {
             console_socket: exec.console.as_ref().map(|c| c.address.as_path()),
             log,
         };
+        for fd in &fds {
+            give(fd, self.holder.mapped_root)?;
+        }
         let mut fds = fds.into_iter();
         let streams = match (fds.next(), fds.next(), fds.next()) {
             (Some(stdin), Some(stdout), Some(stderr)) => Streams {
@@ -784,7 +788,11 @@ fn with_log(mut call: Invocation, log: &Path) -> Invocation {
 }
 
 /// Makes the pipes, or the console socket, of a container; the ends for the runtime are returned.
-fn open_streams(container: &mut Container, run_dir: &Path) -> Result<Streams, Error> {
+fn open_streams(
+    container: &mut Container,
+    run_dir: &Path,
+    owner: Option<(u32, u32)>,
+) -> Result<Streams, Error> {
     if container.start.tty {
         let name = format!("console-{}", container.number);
         container.console = Some(Console::open(run_dir, &name)?);
@@ -796,10 +804,13 @@ fn open_streams(container: &mut Container, run_dir: &Path) -> Result<Streams, Er
     let stdin = if container.start.stdin {
         let (theirs, ours) = gantry_sys::io::pipe(false).map_err(Error::call("make a pipe"))?;
         container.stdin = Some(ours);
+        give(&theirs, owner)?;
         theirs.into()
     } else {
         Stdio::null()
     };
+    give(&theirs_out, owner)?;
+    give(&theirs_err, owner)?;
     container.stdout = Some(Stream::new(stdout, Kind::Stdout));
     container.stderr = Some(Stream::new(stderr, Kind::Stderr));
     Ok(Streams {
@@ -807,6 +818,19 @@ fn open_streams(container: &mut Container, run_dir: &Path) -> Result<Streams, Er
         stdout: theirs_out.into(),
         stderr: theirs_err.into(),
     })
+}
+
+/// Lets root of the pod's user namespace open a pipe once more by /dev/stdout, and hand it on to
+/// the container's own user. What is no pipe (/dev/null) stays the host's.
+fn give(pipe: &OwnedFd, owner: Option<(u32, u32)>) -> Result<(), Error> {
+    let Some((uid, gid)) = owner else {
+        return Ok(());
+    };
+    let is_pipe = gantry_sys::fs::is_fifo(pipe).map_err(Error::call("look at a stream"))?;
+    if !is_pipe {
+        return Ok(());
+    }
+    gantry_sys::fs::chown(pipe, uid, gid).map_err(Error::call("give a pipe to the pod"))
 }
 
 fn read_pid(path: &Path) -> Result<i32, Error> {

@@ -77,8 +77,11 @@ fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) ->
             HandlerFeatures {
                 version: version.version,
                 recursive_read_only_mounts: has(Features::recursive_read_only_mounts),
-                // Not served before the security work: a kubelet must not send such pods.
-                user_namespaces: false,
+                no_user_namespaces: match &told {
+                    Ok(features) if features.user_namespaces() => None,
+                    Ok(_) => Some("the runtime cannot map the ids of mounts".to_owned()),
+                    Err(_) => Some("the runtime does not tell its features".to_owned()),
+                },
                 // Older ones than the command: they can, and their error says so if not.
                 seccomp: told
                     .as_ref()

@@ -208,10 +208,16 @@ fn host() -> Result<Host> {
 
 /// Looks at the machine: runtimes, cgroups, the shim. Blocks.
 fn settings(config: &Config) -> Result<Settings> {
-    let (handlers, default_handler) = handlers::find(&config.runtime, &config.state)?;
+    let (mut handlers, default_handler) = handlers::find(&config.runtime, &config.state)?;
     let cgroups = cgroups(config)?;
     let cgroup_node = cgroup_node(&cgroups);
     let host = host()?;
+    if let Some(reason) = host.no_user_namespaces(&config.root) {
+        tracing::info!(reason, "pods cannot have user namespaces");
+        for handler in handlers.values_mut() {
+            handler.features.no_user_namespaces = Some(reason.clone());
+        }
+    }
     Ok(Settings {
         host,
         root: config.root.clone(),

@@ -76,14 +76,26 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Makes the writable part of a container's root; idempotent. `layers` from base to top.
     fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error>;
 
-    /// Mounts a prepared snapshot at `target` (an existing directory); idempotent.
-    fn mount(&self, container: &ContainerId, layers: &[Digest], target: &Path)
-    -> Result<(), Error>;
+    /// Mounts a prepared snapshot at `target` (an existing directory); idempotent. With
+    /// `user_namespace`, the path of one, its files belong to the ids that their owners in the
+    /// image have in there. FailedPrecondition where kernel or file system cannot do that.
+    fn mount(
+        &self,
+        container: &ContainerId,
+        layers: &[Digest],
+        target: &Path,
+        user_namespace: Option<&Path>,
+    ) -> Result<(), Error>;
 
     /// Mounts `layers` (base to top) at `target` (an existing directory) so that nobody can write
     /// to them, whatever flags a process with every capability changes on its own mount of it;
-    /// idempotent. No layers make an empty tree.
-    fn view(&self, layers: &[Digest], target: &Path) -> Result<(), Error>;
+    /// idempotent. No layers make an empty tree. `user_namespace` as for [`Snapshotter::mount`].
+    fn view(
+        &self,
+        layers: &[Digest],
+        target: &Path,
+        user_namespace: Option<&Path>,
+    ) -> Result<(), Error>;
 
     /// A directory beside the writable part of a prepared snapshot, counted and removed with it:
     /// for what a container keeps outside its root, the volumes of its image. Made if absent.

@@ -21,6 +21,7 @@ pub mod selinux;
 pub mod signal;
 pub mod sysctl;
 pub mod user;
+pub mod userns;
 
 pub use container::container;
 pub use error::Error;

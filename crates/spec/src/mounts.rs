@@ -223,7 +223,7 @@ fn asked_mount(
 ) -> Result<Mount, Error> {
     let field = format!("mounts[{}]", asked.container_path);
     let place = place(&field, Path::new(&asked.container_path))?;
-    source(asked)?;
+    let of_host = matches!(source(asked)?, Source::Host(_));
     let propagation = propagation(&field, draft, asked, host)?;
     let access = access(&field, input, asked)?;
     let mut mount = bind(place, &host.source, &["rbind", propagation, access]);
@@ -233,7 +233,9 @@ fn asked_mount(
             "uidMappings and gidMappings go together",
         ));
     }
-    if !asked.uid_mappings.is_empty() {
+    // An image's layers are mapped already, below the overlay that shows them: overlayfs itself
+    // cannot be.
+    if !asked.uid_mappings.is_empty() && of_host {
         mount.set_uid_mappings(Some(id_mappings(&field, &asked.uid_mappings)?));
         mount.set_gid_mappings(Some(id_mappings(&field, &asked.gid_mappings)?));
     }

@@ -179,7 +179,7 @@ pub struct KernelVersion {
 }
 
 impl KernelVersion {
-    pub fn new(major: u32, minor: u32) -> Self {
+    pub const fn new(major: u32, minor: u32) -> Self {
         Self { major, minor }
     }
 

@@ -10,6 +10,9 @@ use gantry_spec::selinux::{self, Defaults};
 /// Name of the profile that RuntimeDefault means; the file is in `deploy/apparmor`.
 pub const APPARMOR_DEFAULT: &str = "gantry-default";
 
+/// First kernel whose overlayfs takes idmapped layers.
+const IDMAPPED_LAYERS: KernelVersion = KernelVersion::new(5, 19);
+
 /// Facts that last as long as the kernel runs, and where to look up those that do not.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -65,6 +68,27 @@ impl Host {
             Some("the runtime handler is built without seccomp".to_owned())
         } else {
             None
+        }
+    }
+
+    /// Why pods cannot have user namespaces with their layers in `layers`; `None` when they can.
+    pub fn no_user_namespaces(&self, layers: &Path) -> Option<String> {
+        let path = self.root.join("proc/sys/user/max_user_namespaces");
+        // 0 is how an administrator switches them off; a kernel without them has no such file.
+        let most = fs::read_to_string(&path).unwrap_or_default();
+        if most.trim().parse::<u64>().unwrap_or_default() == 0 {
+            return Some(format!("{} allows none", path.display()));
+        }
+        if self.kernel < IDMAPPED_LAYERS {
+            return Some("overlayfs on idmapped layers needs Linux 5.19".to_owned());
+        }
+        match gantry_sys::fs::is_overlay(layers) {
+            Ok(false) => None,
+            Ok(true) => Some(format!(
+                "{} is on overlayfs, which has no idmapped mounts",
+                layers.display()
+            )),
+            Err(error) => Some(format!("{}: {error}", layers.display())),
         }
     }
 
@@ -130,6 +154,25 @@ mod tests {
         write(dir.path(), "proc/self/status", "Name:\tx\n");
         let host = Host::look(dir.path()).unwrap();
         assert!(host.no_seccomp(true).unwrap().contains("kernel"));
+    }
+
+    #[test]
+    fn user_namespaces_need_kernel_permission_and_file_system() {
+        let dir = machine();
+        let host = Host::look(dir.path()).unwrap();
+        let why = |host: &Host| host.no_user_namespaces(dir.path()).unwrap_or_default();
+        assert!(why(&host).contains("allows none"));
+        write(dir.path(), "proc/sys/user/max_user_namespaces", "0\n");
+        assert!(why(&host).contains("allows none"));
+        write(dir.path(), "proc/sys/user/max_user_namespaces", "1000\n");
+        assert!(!why(&host).contains("allows none"));
+        let old = Host {
+            kernel: KernelVersion::new(5, 18),
+            ..host.clone()
+        };
+        assert!(why(&old).contains("5.19"));
+        let none = host.no_user_namespaces(Path::new("/nonexistent"));
+        assert!(none.unwrap().contains("/nonexistent"));
     }
 
     #[test]

@@ -299,7 +299,7 @@ impl Supervisor {
                 reason: reason.clone(),
             });
         }
-        pod::check(config)?;
+        pod::check(config, found.features.no_user_namespaces.as_deref())?;
         let id = self.new_pod_id();
         let host_network = host_network(config);
         let parent = config

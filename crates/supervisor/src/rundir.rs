@@ -92,9 +92,13 @@ impl RunDirs {
 
     /// Makes the directories that all others lie in.
     pub fn make(&self) -> io::Result<()> {
-        for dir in [&self.state, &self.pods(), &self.containers()] {
+        for dir in [&self.state, &self.pods()] {
             make_dir(dir)?;
         }
+        // Root of a pod's user namespace has to reach the root file system; what lies here is
+        // closed one by one.
+        make_public_dir(&self.containers())?;
+        fs::set_permissions(self.containers(), fs::Permissions::from_mode(0o711))?;
         make_public_dir(&self.netns)
     }
 }
@@ -107,6 +111,12 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
+}
+
+/// Lets the members of a group pass through a directory, and nobody look into it.
+pub fn open_to_group(path: &Path, gid: u32) -> io::Result<()> {
+    std::os::unix::fs::chown(path, None, Some(gid))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o710))
 }
 
 /// Makes a directory, and those above it that are missing, that everybody may enter, whatever the

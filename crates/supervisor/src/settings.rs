@@ -25,7 +25,8 @@ pub struct HandlerFeatures {
     /// As `--version` tells it.
     pub version: String,
     pub recursive_read_only_mounts: bool,
-    pub user_namespaces: bool,
+    /// Why pods cannot have user namespaces: runtime, kernel or file system; `None` when they can.
+    pub no_user_namespaces: Option<String>,
     /// It can install system call filters, as far as it tells.
     pub seccomp: bool,
     /// Why the runtime cannot be used; `None` when it can.

@@ -242,6 +242,11 @@ pub fn list_xattr(file: impl AsFd) -> io::Result<Vec<std::ffi::OsString>> {
     }
 }
 
+/// Whether an open file is a pipe or FIFO.
+pub fn is_fifo(file: impl AsFd) -> io::Result<bool> {
+    Ok(FileType::from_raw_mode(rfs::fstat(file)?.st_mode) == FileType::Fifo)
+}
+
 /// A path that the kernel resolves to exactly the file behind `file` (proc(5), `/proc/PID/fd`);
 /// valid in this process while the descriptor is open.
 pub fn proc_fd(file: BorrowedFd<'_>) -> PathBuf {
@@ -260,10 +265,16 @@ pub fn statfs(path: &Path) -> io::Result<StatFs> {
 
 /// statfs(2); libc gives it another type on each C library.
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
+const OVERLAYFS_SUPER_MAGIC: i64 = 0x794c_7630;
 
 /// Whether `path` lies on a cgroup v2 hierarchy.
 pub fn is_cgroup2(path: &Path) -> io::Result<bool> {
     Ok(statfs(path)?.f_type as i64 == CGROUP2_SUPER_MAGIC)
+}
+
+/// Whether `path` lies on overlayfs.
+pub fn is_overlay(path: &Path) -> io::Result<bool> {
+    Ok(statfs(path)?.f_type as i64 == OVERLAYFS_SUPER_MAGIC)
 }
 
 /// Sets the umask of this process and returns the old one. Only for a process's start: the

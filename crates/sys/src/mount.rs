@@ -1,7 +1,7 @@
-//! Bind mounts and unmounting, for the pins of namespaces; a mount that is in no tree.
+//! Bind mounts and unmounting, for the pins of namespaces; mounts that are in no tree.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -10,6 +10,51 @@ use rustix::mount::{self as rm, UnmountFlags};
 /// Bind mount of one file or directory, without what is mounted below it.
 pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
     Ok(rm::mount_bind(source, target)?)
+}
+
+/// A copy of the mount below `source` that is in no tree: it lasts as long as the descriptor,
+/// unless it is put somewhere by [`attach`].
+pub fn detached(source: &Path) -> io::Result<OwnedFd> {
+    use rustix::mount::OpenTreeFlags;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    Ok(rm::open_tree(rustix::fs::CWD, source, flags)?)
+}
+
+/// As [`detached`], with the owners of files seen through a user namespace: what belongs to id n
+/// on disk belongs to the id that n inside it stands for (mount_setattr(2), MOUNT_ATTR_IDMAP).
+/// EINVAL: the file system cannot do this, overlayfs and NFS among them.
+pub fn idmapped(source: &Path, user_namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let tree = detached(source)?;
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: user_namespace.as_raw_fd() as u64,
+    };
+    // SAFETY: both descriptors are open for the call, the path is an empty C string, and the
+    // kernel reads no more of `attributes` than the size that it is told.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            std::mem::size_of_val(&attributes),
+        )
+    };
+    if result == 0 {
+        Ok(tree)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Puts a mount that is in no tree at `target`.
+pub fn attach(tree: OwnedFd, target: &Path) -> io::Result<()> {
+    use rustix::mount::MoveMountFlags;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(rm::move_mount(tree, "", rustix::fs::CWD, target, flags)?)
 }
 
 /// The sysfs of this process's network namespace, writable and mounted nowhere: it lasts as long

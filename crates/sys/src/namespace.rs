@@ -27,6 +27,34 @@ pub fn in_netns<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> io::Re
     })
 }
 
+/// Runs `work` on a thread of its own with a private copy of all mounts: what it mounts nobody
+/// else sees, and all of it is gone when it ends. A detached mount that `work` returns stays.
+pub fn in_own_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    use rustix::mount::MountPropagationFlags;
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("mounts".into())
+            .spawn_scoped(scope, || {
+                unshare_mounts()?;
+                let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+                rustix::mount::mount_change("/", private)?;
+                Ok(work())
+            })?;
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: unshare(2) of the mount namespace takes no memory; it moves the calling thread alone
+    // and gives it a root and working directory of its own (CLONE_FS is implied).
+    match unsafe { libc::unshare(libc::CLONE_NEWNS) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn set_net(netns: &OwnedFd) -> io::Result<()> {
     // SAFETY: setns(2) on an open descriptor; CLONE_NEWNET moves the calling thread alone and the
     // kernel refuses a descriptor of another kind.

@@ -14,6 +14,7 @@
 //! A directory appears under `layers` or `snapshots` by rename of a finished one, so that what is
 //! seen there is whole.
 
+mod idmap;
 mod layers;
 mod layout;
 mod mount;
@@ -96,12 +97,18 @@ impl Snapshotter for Overlayfs {
         container: &ContainerId,
         layers: &[Digest],
         target: &Path,
+        user_namespace: Option<&Path>,
     ) -> Result<(), Error> {
-        snapshots::mount(&self.layout, container, layers, target)
+        snapshots::mount(&self.layout, container, layers, target, user_namespace)
     }
 
-    fn view(&self, layers: &[Digest], target: &Path) -> Result<(), Error> {
-        snapshots::view(&self.layout, layers, target)
+    fn view(
+        &self,
+        layers: &[Digest],
+        target: &Path,
+        user_namespace: Option<&Path>,
+    ) -> Result<(), Error> {
+        snapshots::view(&self.layout, layers, target, user_namespace)
     }
 
     fn volumes(&self, container: &ContainerId) -> Result<PathBuf, Error> {

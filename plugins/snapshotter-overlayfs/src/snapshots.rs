@@ -13,7 +13,7 @@ use gantry_types::{ContainerId, ErrorKind};
 
 use crate::layers::copy_root;
 use crate::layout::{self, Layout};
-use crate::mount;
+use crate::{idmap, mount};
 
 pub fn prepare(layout: &Layout, container: &ContainerId, layers: &[Digest]) -> Result<(), Error> {
     let to = layout.snapshot(container);
@@ -67,6 +67,7 @@ pub fn mount(
     container: &ContainerId,
     layers: &[Digest],
     target: &Path,
+    user_namespace: Option<&Path>,
 ) -> Result<(), Error> {
     let snapshot = layout.snapshot(container);
     let upper = snapshot.join("fs");
@@ -80,20 +81,30 @@ pub fn mount(
         return Ok(());
     }
     let lower = lowers(layout, layers)?;
-    if lower.is_empty() {
+    let writable = mount::Writable {
+        upper,
+        work: snapshot.join("work"),
+    };
+    match user_namespace {
+        Some(namespace) if lower.is_empty() => idmap::bind(&writable.upper, target, namespace),
         // overlayfs wants at least one lower directory.
-        return mount::bind(&upper, target);
+        None if lower.is_empty() => mount::bind(&writable.upper, target),
+        _ => {
+            let writable = Some(writable);
+            overlay(&mount::Overlay { lower, writable }, target, user_namespace)
+        }
     }
-    mount::overlay(
-        &mount::Overlay {
-            lower,
-            writable: Some(mount::Writable {
-                upper,
-                work: snapshot.join("work"),
-            }),
-        },
-        target,
-    )
+}
+
+fn overlay(
+    dirs: &mount::Overlay,
+    target: &Path,
+    user_namespace: Option<&Path>,
+) -> Result<(), Error> {
+    match user_namespace {
+        Some(namespace) => idmap::mount(dirs, target, namespace),
+        None => mount::overlay(dirs, target),
+    }
 }
 
 /// Trees of the layers, topmost first.
@@ -102,7 +113,12 @@ fn lowers(layout: &Layout, layers: &[Digest]) -> Result<Vec<PathBuf>, Error> {
     layers.map(|chain| existing(layout, chain)).collect()
 }
 
-pub fn view(layout: &Layout, layers: &[Digest], target: &Path) -> Result<(), Error> {
+pub fn view(
+    layout: &Layout,
+    layers: &[Digest],
+    target: &Path,
+    user_namespace: Option<&Path>,
+) -> Result<(), Error> {
     if mount::is_mount_point(target)? {
         return Ok(());
     }
@@ -113,7 +129,7 @@ pub fn view(layout: &Layout, layers: &[Digest], target: &Path) -> Result<(), Err
         lower.push(layout.empty(n));
     }
     let writable = None;
-    mount::overlay(&mount::Overlay { lower, writable }, target)
+    overlay(&mount::Overlay { lower, writable }, target, user_namespace)
 }
 
 pub fn volumes(layout: &Layout, container: &ContainerId) -> Result<PathBuf, Error> {

@@ -86,6 +86,7 @@ impl Runtime {
                         "path": handler.binary,
                         "version": handler.features.version,
                         "unusable": handler.features.unusable,
+                        "noUserNamespaces": handler.features.no_user_namespaces,
                     });
                     (name, facts)
                 })
@@ -106,13 +107,16 @@ impl Runtime {
                     name,
                     features: Some(cri::RuntimeHandlerFeatures {
                         recursive_read_only_mounts: handler.features.recursive_read_only_mounts,
-                        user_namespaces: handler.features.user_namespaces,
+                        user_namespaces: handler.features.no_user_namespaces.is_none(),
                     }),
                 })
                 .collect(),
             features: Some(cri::RuntimeFeatures {
                 supplemental_groups_policy: true,
-                user_namespaces_host_network: false,
+                user_namespaces_host_network: settings
+                    .handlers
+                    .values()
+                    .any(|handler| handler.features.no_user_namespaces.is_none()),
             }),
         }
     }

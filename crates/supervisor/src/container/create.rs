@@ -17,7 +17,7 @@ use crate::clock::now_ns;
 use crate::pod::{Driver, Reply, answer};
 use crate::records::set_container_state;
 use crate::registry::{ContainerFacts, PodFacts};
-use crate::rundir::write_file;
+use crate::rundir::{open_to_group, write_file};
 use crate::{Context, Error, failpoint};
 
 /// `reason` of a container that could not be made and not be taken back.
@@ -58,13 +58,16 @@ impl Driver {
             let _ = reply.send(Err(denied(reason)));
             return;
         }
-        let prepared = self.target_pid(&config).and_then(|target| {
-            let image = Arc::new(find_image(&self.ctx, &config)?);
-            let mounted = mounts::find_images(&self.ctx, &config)?;
-            let mut facts = facts(&self.ctx, &self.facts, config, config_hash, &image)?;
-            facts.record.image_mounts = mounts::image_records(&mounted);
-            Ok((target, image, mounted, facts))
-        });
+        let checked = check_namespaces(self.pod_config(), &config);
+        let prepared = checked
+            .and_then(|()| self.target_pid(&config))
+            .and_then(|target| {
+                let image = Arc::new(find_image(&self.ctx, &config)?);
+                let mounted = mounts::find_images(&self.ctx, &config)?;
+                let mut facts = facts(&self.ctx, &self.facts, config, config_hash, &image)?;
+                facts.record.image_mounts = mounts::image_records(&mounted);
+                Ok((target, image, mounted, facts))
+            });
         let (target_pid, image, mounted, facts) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -215,6 +218,25 @@ pub(crate) fn half_made(message: String) -> ContainerState {
     }
 }
 
+/// The container's namespaces are those of its pod, as far as both have a say.
+fn check_namespaces(
+    pod: &cri::PodSandboxConfig,
+    container: &cri::ContainerConfig,
+) -> Result<(), Error> {
+    let security = pod
+        .linux
+        .as_ref()
+        .and_then(|it| it.security_context.as_ref());
+    let of_pod = security.and_then(|it| it.namespace_options.clone());
+    let security = container
+        .linux
+        .as_ref()
+        .and_then(|it| it.security_context.as_ref());
+    let own = security.and_then(|it| it.namespace_options.clone());
+    gantry_spec::userns::check_container(&of_pod.unwrap_or_default(), &own.unwrap_or_default())
+        .map_err(Error::step("check request"))
+}
+
 fn find_image(ctx: &Context, config: &cri::ContainerConfig) -> Result<ImageInUse, Error> {
     let name = config
         .image
@@ -339,9 +361,15 @@ fn steps(
     ctx.records
         .begin_container(&facts.id, &facts.record, &status)?;
     failpoint::at("container::after-intent")?;
-    root::make(ctx, facts, image)?;
+    let user = root::user(ctx, pod);
+    if let Some(user) = &user {
+        let bundle = ctx.records.dirs.container(&facts.id);
+        open_to_group(&bundle, user.gid)
+            .map_err(|error| Error::io("open bundle", &bundle, &error))?;
+    }
+    root::make(ctx, facts, image, user.as_ref())?;
     failpoint::at("container::after-root")?;
-    let volumes = root::volumes(ctx, facts, image)?;
+    let volumes = root::volumes(ctx, facts, image, user.as_ref())?;
 
     let parent = pod
         .config

@@ -16,6 +16,7 @@ use gantry_store::record;
 use gantry_sys::fs::OFlags;
 use gantry_types::{ContainerId, Digest, ErrorKind};
 
+use super::root::User;
 use crate::registry::ContainerFacts;
 use crate::rundir::{make_dir, names};
 use crate::{Context, Error};
@@ -63,13 +64,20 @@ pub(super) fn image_records(images: &[(usize, ImageInUse)]) -> Vec<record::Image
 
 /// The host side of the request's mounts, in their order. A missing source is made, as Docker
 /// and containerd do and pods rely on.
-pub(super) fn resolve(ctx: &Context, facts: &ContainerFacts) -> Result<Vec<HostMount>, Error> {
+pub(super) fn resolve(
+    ctx: &Context,
+    facts: &ContainerFacts,
+    user: Option<&User>,
+) -> Result<Vec<HostMount>, Error> {
     let mut table = None;
     let mut mounts = Vec::with_capacity(facts.config.mounts.len());
     for (n, mount) in facts.config.mounts.iter().enumerate() {
         let path = match source(mount).map_err(Error::step(STEP))? {
             Source::Host(path) => host_path(ctx, mount, path)?,
-            Source::Image { sub_path, .. } => image_path(ctx, facts, n, mount, sub_path)?,
+            Source::Image { sub_path, .. } => {
+                let view = view(ctx, facts, n, mount, user)?;
+                image_path(view, mount, sub_path)?
+            }
         };
         let mut resolved = HostMount {
             source: path,
@@ -147,12 +155,12 @@ fn nearest(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// Mounts the image for mount `n` and finds the directory in it.
-fn image_path(
+fn view(
     ctx: &Context,
     facts: &ContainerFacts,
     n: usize,
     mount: &cri::Mount,
-    sub_path: &Path,
+    user: Option<&User>,
 ) -> Result<PathBuf, Error> {
     let recorded = facts.record.image_mounts.iter();
     let image = recorded
@@ -168,8 +176,13 @@ fn image_path(
     let view = ctx.records.dirs.images(&facts.id).join(n.to_string());
     make_dir(&view).map_err(|error| Error::io(STEP, &view, &error))?;
     ctx.snapshotter
-        .view(&layers, &view)
+        .view(&layers, &view, user.map(|user| user.namespace.as_path()))
         .map_err(|error| image_error(mount, error))?;
+    Ok(view)
+}
+
+/// The part of an image's view that is mounted.
+fn image_path(view: PathBuf, mount: &cri::Mount, sub_path: &Path) -> Result<PathBuf, Error> {
     if sub_path.as_os_str().is_empty() {
         return Ok(view);
     }

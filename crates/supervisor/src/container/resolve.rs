@@ -117,10 +117,15 @@ impl Sources<'_> {
                     ctx.records.dirs.shm(&self.pod.id)
                 }),
             },
-            mounts: super::mounts::resolve(ctx, self.container)?,
+            mounts: super::mounts::resolve(
+                ctx,
+                self.container,
+                super::root::user(ctx, self.pod).as_ref(),
+            )?,
             volumes: Vec::new(),
             devices: devices(config)?,
-            host_devices: if privileged {
+            // In a user namespace their owners have no names and their drivers no trust.
+            host_devices: if privileged && asked.user.is_none() {
                 host_devices(Path::new("/dev"))?
             } else {
                 Vec::new()
@@ -218,7 +223,10 @@ impl Sources<'_> {
             ipc: join(asked.host_ipc, pins.join("ipc")),
             uts: join(asked.host_network, pins.join("uts")),
             pid,
-            user: Namespace::Host,
+            user: match asked.user {
+                Some(_) => Namespace::Join(pins.join("user")),
+                None => Namespace::Host,
+            },
         })
     }
 }

@@ -8,18 +8,42 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use gantry_images::Image;
 use gantry_spec::resolved::Volume;
 use gantry_sys::fs::{self, FileType, OFlags};
 
-use crate::registry::ContainerFacts;
+use crate::pod::Asked;
+use crate::registry::{ContainerFacts, PodFacts};
 use crate::rundir::make_dir;
 use crate::{Context, Error};
 
+/// The user namespace of a pod that has one.
+pub(super) struct User {
+    /// Where it is pinned.
+    pub namespace: PathBuf,
+    /// Owner on the host of what belongs to root inside.
+    pub uid: u32,
+    pub gid: u32,
+}
+
+pub(super) fn user(ctx: &Context, pod: &PodFacts) -> Option<User> {
+    let mapping = Asked::of(&pod.config).user?;
+    Some(User {
+        namespace: ctx.records.dirs.pins(&pod.id).join("user"),
+        uid: mapping.host_uid,
+        gid: mapping.host_gid,
+    })
+}
+
 /// Makes the root and mounts it at the container's `rootfs`.
-pub(super) fn make(ctx: &Context, facts: &ContainerFacts, image: &Image) -> Result<(), Error> {
+pub(super) fn make(
+    ctx: &Context,
+    facts: &ContainerFacts,
+    image: &Image,
+    user: Option<&User>,
+) -> Result<(), Error> {
     let rootfs = ctx.records.dirs.rootfs(&facts.id);
     make_dir(&rootfs).map_err(|error| Error::io("make root", &rootfs, &error))?;
     let step = Error::step("prepare root");
@@ -27,7 +51,12 @@ pub(super) fn make(ctx: &Context, facts: &ContainerFacts, image: &Image) -> Resu
         .prepare(&facts.id, &image.layers)
         .map_err(&step)?;
     ctx.snapshotter
-        .mount(&facts.id, &image.layers, &rootfs)
+        .mount(
+            &facts.id,
+            &image.layers,
+            &rootfs,
+            user.map(|user| user.namespace.as_path()),
+        )
         .map_err(&step)?;
     plain_dev(&rootfs).map_err(|error| Error::io("prepare root", &rootfs.join("dev"), &error))
 }
@@ -55,6 +84,7 @@ pub(super) fn volumes(
     ctx: &Context,
     facts: &ContainerFacts,
     image: &Image,
+    user: Option<&User>,
 ) -> Result<Vec<Volume>, Error> {
     let places = gantry_spec::mounts::volumes(&facts.config, &image.config.volumes)
         .map_err(Error::step("make volume"))?;
@@ -69,7 +99,7 @@ pub(super) fn volumes(
     let mut volumes = Vec::with_capacity(places.len());
     for (n, destination) in places.into_iter().enumerate() {
         let source = dir.join(n.to_string());
-        copy_up(&rootfs, &destination, &source).map_err(|error| match error.kind() {
+        copy_up(&rootfs, &destination, &source, user).map_err(|error| match error.kind() {
             io::ErrorKind::NotADirectory => Error::Invalid {
                 field: format!("image config Volumes[{destination:?}]"),
                 reason: "is not a directory of the image".to_owned(),
@@ -86,14 +116,19 @@ pub(super) fn volumes(
 
 /// Makes `volume` a copy of the directory `place` of the root, or an empty directory of root's
 /// when there is no such place.
-fn copy_up(rootfs: &Path, place: &Path, volume: &Path) -> io::Result<()> {
+fn copy_up(rootfs: &Path, place: &Path, volume: &Path, user: Option<&User>) -> io::Result<()> {
     std::fs::create_dir(volume)?;
     let root = fs::open_root(rootfs)?;
     let directory = OFlags::RDONLY | OFlags::DIRECTORY;
     let to = OwnedFd::from(std::fs::File::open(volume)?);
     match fs::open_in_root(&root, place, directory, 0) {
         Ok(from) => gantry_sys::tree::copy(&from, &to, is_the_images),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::chmod(&to, 0o755),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(user) = user {
+                fs::chown(&to, user.uid, user.gid)?;
+            }
+            fs::chmod(&to, 0o755)
+        }
         Err(error) => Err(error),
     }
 }
@@ -166,7 +201,7 @@ mod tests {
         symlink("/proc/self/root", root.join("magic")).unwrap();
         let copied = |n: usize, place: &str| {
             let volume = dir.path().join(n.to_string());
-            copy_up(&root, Path::new(place), &volume).map(|()| {
+            copy_up(&root, Path::new(place), &volume, None).map(|()| {
                 let names = std_fs::read_dir(volume).unwrap();
                 names
                     .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::chown;
 use std::path::Path;
 
 use gantry_cri_api::v1 as cri;
+use gantry_spec::userns::Mapping;
 
 use crate::Error;
 use crate::rundir::write_file;
@@ -17,10 +19,17 @@ pub(super) fn write(
     dir: &Path,
     config: &cri::PodSandboxConfig,
     hostname: &str,
+    user: Option<Mapping>,
 ) -> Result<(), Error> {
     let put = |name: &str, text: &[u8]| {
         let path = dir.join(name);
-        write_file(&path, text, 0o644).map_err(|error| Error::io("write pod file", &path, &error))
+        write_file(&path, text, 0o644)
+            // Root of the pod writes them, as it would without a user namespace.
+            .and_then(|()| match user {
+                Some(user) => chown(&path, Some(user.host_uid), Some(user.host_gid)),
+                None => Ok(()),
+            })
+            .map_err(|error| Error::io("write pod file", &path, &error))
     };
     put("hostname", format!("{hostname}\n").as_bytes())?;
     put("hosts", &host_file(Path::new("/etc/hosts"))?)?;

@@ -8,6 +8,7 @@ use gantry_cri_api::v1 as cri;
 use gantry_ports::network::{Attachment, Dns, PortMapping, Protocol};
 use gantry_shim_api::v1;
 use gantry_spec::resolved::SelinuxLabels;
+use gantry_spec::userns::Mapping;
 use gantry_store::record;
 use gantry_types::{ErrorKind, PodState, ProcessRef};
 use tokio::sync::mpsc;
@@ -24,10 +25,8 @@ const SHM_BYTES: &str = "67108864";
 
 /// Applied in a pod's own network namespace unless the pod says otherwise, as containerd does:
 /// a container without capabilities may bind low ports and send pings.
-const DEFAULT_SYSCTLS: [(&str, &str); 2] = [
-    ("net/ipv4/ip_unprivileged_port_start", "0"),
-    ("net/ipv4/ping_group_range", "0 2147483647"),
-];
+const UNPRIVILEGED_PORTS: &str = "net/ipv4/ip_unprivileged_port_start";
+const PING_GROUPS: &str = "net/ipv4/ping_group_range";
 
 /// Namespaces that a pod asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +34,8 @@ pub(crate) struct Asked {
     pub host_network: bool,
     pub host_ipc: bool,
     pub pid: cri::NamespaceMode,
+    /// The pod has a user namespace of its own.
+    pub user: Option<Mapping>,
 }
 
 impl Asked {
@@ -46,6 +47,8 @@ impl Asked {
             .and_then(|security| security.namespace_options.clone())
             .unwrap_or_default();
         Self {
+            // What is malformed was refused before anything was made of it.
+            user: gantry_spec::userns::of_pod(&options).unwrap_or_default(),
             host_network: options.network() == cri::NamespaceMode::Node,
             host_ipc: options.ipc() == cri::NamespaceMode::Node,
             pid: options.pid(),
@@ -53,8 +56,12 @@ impl Asked {
     }
 }
 
-/// Refuses what cannot be served, before anything is made.
-pub(crate) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
+/// Refuses what cannot be served, before anything is made. `no_user_namespaces`: why the handler
+/// has none.
+pub(crate) fn check(
+    config: &cri::PodSandboxConfig,
+    no_user_namespaces: Option<&str>,
+) -> Result<(), Error> {
     let metadata = config.metadata.clone().unwrap_or_default();
     for (field, value) in [("name", &metadata.name), ("namespace", &metadata.namespace)] {
         if value.is_empty() {
@@ -76,13 +83,16 @@ pub(crate) fn check(config: &cri::PodSandboxConfig) -> Result<(), Error> {
         .as_ref()
         .and_then(|linux| linux.security_context.as_ref())
         .and_then(|security| security.namespace_options.as_ref());
-    let user = options.and_then(|options| options.userns_options.as_ref());
-    if user.is_some_and(|user| user.mode() == cri::NamespaceMode::Pod) {
+    let user = options
+        .map_or(Ok(None), gantry_spec::userns::of_pod)
+        .map_err(Error::step("check request"))?;
+    if user.is_some()
+        && let Some(reason) = no_user_namespaces
+    {
         return Err(Error::Failed {
             step: "check request",
-            kind: ErrorKind::Unimplemented,
-            message: "namespace_options.userns_options: user namespaces are not served yet"
-                .to_owned(),
+            kind: ErrorKind::FailedPrecondition,
+            message: format!("namespace_options.userns_options: {reason}"),
         });
     }
     if options.is_some_and(|options| options.pid() == cri::NamespaceMode::Target) {
@@ -240,7 +250,13 @@ async fn steps(
         let hostname = bootstrap_hostname(&bootstrap);
         move || {
             ctx.records.begin_pod(&facts.id, &facts.record)?;
-            files::write(&ctx.records.dirs.pod(&facts.id), &facts.config, &hostname)?;
+            let user = Asked::of(&facts.config).user;
+            files::write(
+                &ctx.records.dirs.pod(&facts.id),
+                &facts.config,
+                &hostname,
+                user,
+            )?;
             make_shm(&ctx, &facts)?;
             failpoint::at("pod::after-intent")
         }
@@ -341,8 +357,16 @@ fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::B
             hostname,
             sysctls: sysctls(&facts.config, asked)?,
             cgroup_dirs: facts.record.cgroup_dirs.clone(),
-            uid_mappings: Vec::new(),
-            gid_mappings: Vec::new(),
+            uid_mappings: asked
+                .user
+                .map(|user| id_mapping(user.host_uid, user.uids))
+                .into_iter()
+                .collect(),
+            gid_mappings: asked
+                .user
+                .map(|user| id_mapping(user.host_gid, user.gids))
+                .into_iter()
+                .collect(),
             oom_score_adj: ctx.settings.shim_oom_score_adj,
         }),
         runtime: Some(v1::Runtime {
@@ -354,6 +378,14 @@ fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::B
         }),
         oom_score_adj: ctx.settings.shim_oom_score_adj,
     })
+}
+
+fn id_mapping(host_id: u32, length: u32) -> v1::IdMapping {
+    v1::IdMapping {
+        container_id: 0,
+        host_id,
+        length,
+    }
 }
 
 fn path_text(path: &Path) -> Result<String, Error> {
@@ -371,7 +403,12 @@ fn sysctls(
 ) -> Result<BTreeMap<String, String>, Error> {
     let mut all = BTreeMap::new();
     if !asked.host_network {
-        all.extend(DEFAULT_SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        all.insert(UNPRIVILEGED_PORTS.to_owned(), "0".to_owned());
+        // The kernel refuses groups that the user namespace does not have.
+        let last = asked
+            .user
+            .map_or(gantry_spec::user::MAX_ID, |user| user.gids - 1);
+        all.insert(PING_GROUPS.to_owned(), format!("0 {last}"));
     }
     let given = config.linux.as_ref().map(|linux| &linux.sysctls);
     for (name, value) in given.into_iter().flatten() {
@@ -460,6 +497,9 @@ fn make_shm(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
     crate::rundir::make_dir(&path).map_err(|error| Error::io("make /dev/shm", &path, &error))?;
     let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let mut options = format!("mode=1777,size={SHM_BYTES}");
+    if let Some(user) = Asked::of(&facts.config).user {
+        options.push_str(&format!(",uid={},gid={}", user.host_uid, user.host_gid));
+    }
     if let Some(labels) = selinux_labels(ctx, facts)? {
         options.push_str(&format!(",context=\"{}\"", labels.mount));
     }

@@ -17,4 +17,5 @@ mod restart;
 mod security;
 mod stop;
 mod store;
+mod userns;
 mod walk;
