@@ -203,7 +203,7 @@ go_tool() {
         echo "$tools/$name"
         return
     fi
-    go=$(find_go) || return 1
+    go=$(find_go || install_go) || return 1
     say "building $name" >&2
     mkdir -p "$tools"
     if ! (cd "$module" && "$go" "$command" -mod=readonly -o "$tools/$name" "$@") >&2; then
@@ -215,22 +215,56 @@ go_tool() {
 }
 
 # Prints the path of crictl: $CRICTL, the pinned one that was built here before, one built now if
-# there is Go, or the one in PATH. Fails if there is none.
+# there is Go or Go can be fetched, or the one in PATH. Fails if there is none.
 find_crictl() {
     if [ -n "${CRICTL:-}" ]; then echo "$CRICTL"; return; fi
     go_tool crictl "$REPO/tests/conformance" build \
         -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$(crictl_version)" \
-        sigs.k8s.io/cri-tools/cmd/crictl || command -v crictl
+        sigs.k8s.io/cri-tools/cmd/crictl || type -P crictl
 }
 
 crictl_version() { sed -n 's/.*sigs.k8s.io\/cri-tools v\([^ ]*\).*/\1/p' "$REPO/tests/conformance/go.mod"; }
 
+# What the tools need, from their go.mod.
+go_minimum() { sed -n 's/^go //p' "$REPO/tests/conformance/go.mod"; }
+
 find_go() {
     local go
-    for go in "$(command -v go || true)" /usr/local/go/bin/go /usr/lib/go/bin/go; do
-        if [ -x "$go" ]; then echo "$go"; return; fi
+    for go in "$(type -P go || true)" /usr/local/go/bin/go /usr/lib/go/bin/go "$CARGO_TARGET_DIR/tools/go/bin/go"; do
+        [ -x "$go" ] || continue
+        # Distributions have releases that are too old, and some forbid them to fetch a newer one.
+        version_at_least "$(GOTOOLCHAIN=local "$go" env GOVERSION | sed 's/^go//; s/[ -].*//')" "$(go_minimum)" || continue
+        echo "$go"
+        return
     done
     return 1
+}
+
+# Puts Go into the target directory and prints its path: the archive that Go itself fetches from
+# the module proxy when a module asks for a newer release.
+install_go() {
+    local version sum name zip dir=$CARGO_TARGET_DIR/tools
+    version=$(go_minimum)
+    name=golang.org/toolchain@v0.0.1-go$version.linux-$(image_architecture)
+    case $version-$(image_architecture) in
+        1.26.2-amd64) sum=5c28763f43da5409ea590cf3c3fb1442c6c4e668d8f6af8c44a621a23f39a006 ;;
+        1.26.2-arm64) sum=acb5cab2ad9d639b79b9e086a42bbff7c8931e2ceb0fd241c993e29378007e67 ;;
+        *) say "no checksum of Go $version for $(image_architecture) is known here" >&2; return 1 ;;
+    esac
+    if is_debian; then apt_install curl ca-certificates unzip >&2; fi
+    say "fetching Go $version" >&2
+    mkdir -p "$dir"
+    rm -rf "$dir/go" "$dir/go.new"
+    zip=$dir/go.zip
+    curl --proto '=https' --tlsv1.2 -sSf --retry 3 -o "$zip" \
+        "https://proxy.golang.org/${name/@//@v/}.zip" >&2 &&
+        echo "$sum  $zip" | sha256sum --check --quiet >&2 &&
+        unzip -q -d "$dir/go.new" "$zip" || { say "Go $version could not be fetched" >&2; rm -rf "$zip" "$dir/go.new"; return 1; }
+    mv "$dir/go.new/$name" "$dir/go"
+    rm -r "$zip" "$dir/go.new"
+    # Archives of modules carry no modes.
+    chmod +x "$dir"/go/bin/* "$dir"/go/pkg/tool/*/*
+    echo "$dir/go/bin/go"
 }
 
 # This machine's architecture as images name it.
