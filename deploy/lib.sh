@@ -170,10 +170,14 @@ build_release() {
     say "building gantryd, gantryctl and gantry-shim (release)"
     (cd "$REPO" && cargo build --quiet --release --locked -p gantryd -p gantryctl)
     shim=$(build_shim)
+    install_programs "$CARGO_TARGET_DIR"/release/{gantryd,gantryctl} "$shim" "$into"
+}
+
+# Copies the programs to the directory named last; counts those that changed.
+install_programs() {
+    local into=${*: -1} program
     mkdir -p "$into"
-    install_changed "$CARGO_TARGET_DIR/release/gantryd" "$into/gantryd"
-    install_changed "$CARGO_TARGET_DIR/release/gantryctl" "$into/gantryctl"
-    install_changed "$shim" "$into/gantry-shim"
+    for program in "${@:1:$#-1}"; do install_changed "$program" "$into/${program##*/}"; done
 }
 
 # Builds the static shim and prints its path.

@@ -15,6 +15,17 @@ const ROUNDS: u32 = 32;
 /// Cgroups below one that are looked into.
 const DEPTH: u32 = 8;
 
+/// Refuses a path that would depend on where we are.
+pub fn check(dirs: &[PathBuf]) -> Result<(), Error> {
+    match dirs.iter().find(|dir| !dir.is_absolute()) {
+        Some(dir) => {
+            let message = format!("cgroup directory {dir:?} is not absolute");
+            Err(Error::InvalidArgument(message))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Makes a cgroup with all parents.
 pub fn make(dir: &Path) -> Result<(), Error> {
     if dir.is_dir() {

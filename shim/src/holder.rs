@@ -59,12 +59,7 @@ impl Holder {
     pub fn start(spec: &v1::Holder) -> Result<Self, Error> {
         let sysctls = sysctls(spec)?;
         let dirs: Vec<PathBuf> = spec.cgroup_dirs.iter().map(PathBuf::from).collect();
-        for dir in &dirs {
-            if !dir.is_absolute() {
-                let message = format!("cgroup directory {dir:?} is not absolute");
-                return Err(Error::InvalidArgument(message));
-            }
-        }
+        cgroup::check(&dirs)?;
         let namespaces = Namespaces {
             user: !spec.uid_mappings.is_empty(),
             net: !spec.netns_path.is_empty(),
@@ -73,9 +68,8 @@ impl Holder {
             pid: spec.new_pid,
             mount: true,
         };
-        // On v2 the holder is born in its cgroup. The move that v1 needs takes milliseconds, as
-        // the kernel waits for every CPU (cgroup_threadgroup_rwsem): `join_cgroups` does it when
-        // the daemon has its answer and is busy with the network.
+        // On v2 the holder is born in its cgroup. The move that v1 needs takes milliseconds:
+        // `join_cgroups` does it when the daemon has its answer (`Shim::settle`).
         let mut born = None;
         let mut made = Vec::new();
         let mut pending = Vec::new();

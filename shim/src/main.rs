@@ -9,7 +9,7 @@
 //! makes its own session.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use gantry_runtime::Runtime;
@@ -84,6 +84,8 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
         let message = format!("runtime binary {:?} is not an absolute path", wanted.binary);
         return Err(Error::InvalidArgument(message));
     }
+    let cgroups: Vec<PathBuf> = bootstrap.cgroup_dirs.iter().map(PathBuf::from).collect();
+    cgroup::check(&cgroups)?;
     process::setsid().map_err(Error::call("make a session"))?;
     std::env::set_current_dir("/").map_err(Error::call("change to /"))?;
     gantry_sys::fs::umask(0o022);
@@ -120,6 +122,7 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
         listener,
         socket,
         holder,
+        cgroups,
     };
     Shim::new(setup)
 }

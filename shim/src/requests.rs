@@ -19,7 +19,6 @@ use crate::console::Console;
 use crate::container::{Container, Deletion, Exec, Phase, Process};
 use crate::error::Error;
 use crate::log::{Kind, LogFile};
-use crate::oom::Oom;
 use crate::output::Stream;
 use crate::shim::Shim;
 use crate::{cgroup, clock, tree};
@@ -195,6 +194,9 @@ impl Shim {
         let number = self.number();
         let bundle = PathBuf::from(&start.bundle);
         let mut container = Container::new(number, start, log);
+        if self.runtime.systemd_cgroup {
+            container.oom.watch_pod(&container.start.oom_file);
+        }
         let owner = self.holder.mapped_root;
         let streams = open_streams(&mut container, &self.run_dir, owner)?;
         let pid_file = bundle.join("pid");
@@ -367,7 +369,7 @@ impl Shim {
             .containers
             .get_mut(&number)
             .ok_or_else(|| unknown("?"))?;
-        container.oom = Oom::open(&container.start.oom_file);
+        container.oom.open(&container.start.oom_file);
         container.phase = Phase::Running;
         container.started_at = clock::now();
         if let Some(death) = container.ended {

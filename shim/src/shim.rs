@@ -63,6 +63,8 @@ pub struct Setup {
     pub listener: UnixListener,
     pub socket: PathBuf,
     pub holder: Holder,
+    /// Cgroups of the shim itself, which it is yet to join.
+    pub cgroups: Vec<PathBuf>,
 }
 
 pub struct Shim {
@@ -81,6 +83,9 @@ pub struct Shim {
     pub buffers: Buffers,
     /// Who asked for the end, and when patience with containers ends.
     pub shutdown: Option<(Asker, Instant)>,
+    cgroups: Vec<PathBuf>,
+    /// Holder and shim are in their cgroups.
+    settled: bool,
     epoll: Epoll,
     children: ChildSignal,
     /// The runtime was executed since children were last reaped.
@@ -130,6 +135,8 @@ impl Shim {
             daemon: None,
             buffers,
             shutdown: None,
+            cgroups: setup.cgroups,
+            settled: false,
             epoll,
             children: setup.children,
             spawned: false,
@@ -159,12 +166,6 @@ impl Shim {
 
     /// Runs until a Shutdown is done.
     pub fn run(&mut self) -> io::Result<()> {
-        if let Err(e) = self.holder.join_cgroups() {
-            // A holder outside its cgroup is not accounted and not found by node agents. The
-            // daemon has its answer already, so it learns it as the loss of the holder.
-            crate::report!("{e}; the holder is given up");
-            self.holder.kill();
-        }
         let mut ready = Vec::with_capacity(32);
         loop {
             self.epoll.wait(self.patience(), &mut ready)?;
@@ -181,12 +182,34 @@ impl Shim {
                 self.reap();
             }
             self.expire();
+            if self.daemon.is_some() && !std::mem::replace(&mut self.settled, true) {
+                self.settle();
+            }
             if let Some((asker, until)) = self.shutdown
                 && (self.containers.is_empty() && self.calls.is_empty() || Instant::now() >= until)
             {
                 self.finish_shutdown(asker);
                 return Ok(());
             }
+        }
+    }
+
+    /// Joins the cgroups that shim and holder were not born in. Once the daemon has heard from us:
+    /// the first move to another cgroup waits for every CPU (cgroup_threadgroup_rwsem), about ten
+    /// milliseconds in which the daemon now does other things, and those that follow are cheap.
+    fn settle(&mut self) {
+        let joined = self.holder.join_cgroups().and_then(|()| {
+            self.cgroups.iter().try_for_each(|dir| {
+                cgroup::make(dir)?;
+                cgroup::join(dir, self.own.pid)
+            })
+        });
+        if let Err(e) = joined {
+            // A holder outside its cgroup is not accounted and not found by node agents; a shim
+            // outside its own is at the mercy of limits on the daemon. The daemon has its answer
+            // already, so it learns it as the loss of the holder.
+            crate::report!("{e}; the holder is given up");
+            self.holder.kill();
         }
     }
 
@@ -422,8 +445,18 @@ impl Shim {
             return;
         };
         if container.oom.update() {
-            self.tell_oom(number);
+            self.struck(number);
         }
+    }
+
+    /// A container's OOM counter has grown.
+    fn struck(&mut self, number: u32) {
+        for (&other, container) in &mut self.containers {
+            if other != number {
+                container.oom.another_was_struck();
+            }
+        }
+        self.tell_oom(number);
     }
 
     fn tell_oom(&mut self, number: u32) {
@@ -529,7 +562,12 @@ impl Shim {
         }
         container.phase = Phase::Draining;
         // Before anything that could make the cgroup vanish.
-        container.oom.update();
+        if container.oom.update() {
+            self.struck(number);
+        }
+        let Some(container) = self.containers.get_mut(&number) else {
+            return;
+        };
         if container.start.kill_cgroup_on_exit
             && let Some(dir) = container.cgroup()
         {

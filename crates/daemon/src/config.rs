@@ -77,6 +77,8 @@ pub struct Cgroup {
     pub driver: CgroupDriver,
     /// Parent of pods whose request names none; empty: `/gantry`, or `gantry.slice` with systemd.
     pub default_parent: String,
+    /// Parent of the shims' cgroups; empty: `/gantry-shims`, or `gantry-shims.slice` with systemd.
+    pub shims: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]

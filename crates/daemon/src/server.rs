@@ -11,7 +11,8 @@ use gantry_cri_api::v1::image_service_server::ImageServiceServer;
 use gantry_cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use gantry_images::Images;
 use gantry_network_cni::Cni;
-use gantry_ports::{Network, Snapshotter};
+use gantry_ports::{Network, Scopes, Snapshotter};
+use gantry_scopes_systemd::{SystemBus, Systemd};
 use gantry_snapshotter_overlayfs::Overlayfs;
 use gantry_spec::resolved::{CgroupNode, CgroupVersion};
 use gantry_store::Store;
@@ -29,6 +30,9 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 
 /// ExecSync answers up to 16 MiB of each stream, in one message.
 const ANSWER_LIMIT: usize = 2 * MESSAGE_LIMIT + 1024;
+
+/// How long systemd may take to make or end one scope.
+const SYSTEMD_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long calls under way may take to end after SIGTERM. Pods are not touched.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -62,12 +66,14 @@ pub async fn run(config: Config) -> Result<()> {
     })
     .await??;
     let no_handlers = settings.handlers.is_empty();
+    let scopes = scopes(&settings).await;
     let supervisor = Supervisor::new(
         settings,
         Arc::clone(&opened.store),
         images.clone(),
         snapshotter,
         network,
+        scopes,
     )?;
 
     let conditions = Conditions {
@@ -177,6 +183,19 @@ async fn open_images(
     images.context("open image store")
 }
 
+/// Under the systemd driver: who is asked for scopes.
+async fn scopes(settings: &Settings) -> Option<Arc<dyn Scopes>> {
+    if settings.cgroups.driver != CgroupDriver::Systemd {
+        return None;
+    }
+    let systemd = Systemd::new(SystemBus, SYSTEMD_LIMIT);
+    // Pods that run need no systemd, and each new one asks again.
+    if let Err(error) = systemd.connect().await {
+        tracing::error!(%error, "pods cannot be made until systemd answers");
+    }
+    Some(Arc::new(systemd))
+}
+
 fn network_options(config: &Config) -> gantry_network_cni::Options {
     let bin_dirs = if config.network.bin_dirs.is_empty() {
         vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")]
@@ -273,11 +292,24 @@ fn cgroups(config: &Config) -> Result<Cgroups> {
         ("", CgroupDriver::Cgroupfs) => "/gantry".to_owned(),
         (parent, _) => parent.to_owned(),
     };
-    Ok(Cgroups {
+    let shims = match (config.cgroup.shims.as_str(), driver) {
+        ("", CgroupDriver::Systemd) => "gantry-shims.slice".to_owned(),
+        ("", CgroupDriver::Cgroupfs) => "/gantry-shims".to_owned(),
+        (parent, _) => parent.to_owned(),
+    };
+    let cgroups = Cgroups {
         driver,
         hierarchy,
         default_parent,
-    })
+        shims,
+    };
+    for (key, parent) in [
+        ("cgroup.default_parent", &cgroups.default_parent),
+        ("cgroup.shims", &cgroups.shims),
+    ] {
+        cgroups.parent(parent).context(key)?;
+    }
+    Ok(cgroups)
 }
 
 /// What the controllers of this node can do.

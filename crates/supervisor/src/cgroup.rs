@@ -21,6 +21,7 @@ pub enum Hierarchy {
     /// Mount points of the v1 controllers that we use.
     V1 {
         memory: PathBuf,
+        pids: Option<PathBuf>,
         others: Vec<PathBuf>,
     },
 }
@@ -31,6 +32,8 @@ pub struct Cgroups {
     pub hierarchy: Hierarchy,
     /// Parent of pods whose request names none.
     pub default_parent: String,
+    /// Parent of the shims' cgroups: a path, or a slice with the systemd driver.
+    pub shims: String,
 }
 
 /// Where one container's cgroup is.
@@ -49,6 +52,7 @@ impl Cgroups {
     pub fn detect_hierarchy(mounts: &str) -> Result<Hierarchy, Error> {
         let mut unified = None;
         let mut memory = None;
+        let mut pids = None;
         let mut others = Vec::new();
         for line in mounts.lines() {
             let mut fields = line.split(' ').skip(1);
@@ -63,7 +67,9 @@ impl Cgroups {
                     let has = |name| options.split(',').any(|option| option == name);
                     if has("memory") {
                         memory = Some(PathBuf::from(dir));
-                    } else if has("cpu") || has("pids") || has("cpuacct") {
+                    } else if has("pids") {
+                        pids = Some(PathBuf::from(dir));
+                    } else if has("cpu") || has("cpuacct") {
                         others.push(PathBuf::from(dir));
                     }
                 }
@@ -72,7 +78,11 @@ impl Cgroups {
         }
         // Hybrid: controllers are on v1 and the v2 mount is empty-handed, so v1 decides.
         match (memory, unified) {
-            (Some(memory), _) => Ok(Hierarchy::V1 { memory, others }),
+            (Some(memory), _) => Ok(Hierarchy::V1 {
+                memory,
+                pids,
+                others,
+            }),
             (None, Some(dir)) => Ok(Hierarchy::V2(dir)),
             (None, None) => Err(Error::internal(
                 "find cgroups",
@@ -152,18 +162,60 @@ impl Cgroups {
         };
         Ok(match &self.hierarchy {
             Hierarchy::V2(mount) => vec![mount.join(relative)],
-            Hierarchy::V1 { memory, others } => std::iter::once(memory)
+            Hierarchy::V1 {
+                memory,
+                pids,
+                others,
+            } => std::iter::once(memory)
+                .chain(pids)
                 .chain(others)
                 .map(|mount| mount.join(&relative))
                 .collect(),
         })
     }
+
+    /// The cgroup of a pod's shim, one directory per hierarchy: outside the pod's, whose limits
+    /// and end must not reach it. On v1 in the hierarchies where a limit on the daemon would.
+    pub fn shim(&self, id: &PodId) -> Result<Vec<PathBuf>, Error> {
+        let relative = match self.driver {
+            Driver::Cgroupfs => Path::new(self.shims.trim_matches('/')).join(shim_name(id)),
+            Driver::Systemd => slice_path(&self.shims)?.join(shim_scope(id)),
+        };
+        Ok(match &self.hierarchy {
+            Hierarchy::V2(mount) => vec![mount.join(relative)],
+            Hierarchy::V1 { memory, pids, .. } => std::iter::once(memory)
+                .chain(pids)
+                .map(|mount| mount.join(&relative))
+                .collect(),
+        })
+    }
+
+    /// The scopes of a pod's holder and of its shim under the systemd driver.
+    pub fn scopes(&self, id: &PodId) -> [String; 2] {
+        [scope(id.as_str()), shim_scope(id)]
+    }
+
+    /// The slice that a checked parent names.
+    pub fn slice<'a>(&self, parent: &'a str) -> &'a str {
+        last(parent)
+    }
+}
+
+/// Half of the pod's id: 128 bits still tell pods apart, and node agents, who look for all of its
+/// 64 digits, do not take the shim's cgroup for the pod's.
+fn shim_name(id: &PodId) -> &str {
+    let id = id.as_str();
+    &id[..id.len() / 2]
 }
 
 const SCOPE_PREFIX: &str = "gantry";
 
 fn scope(id: &str) -> String {
     format!("{SCOPE_PREFIX}-{id}.scope")
+}
+
+fn shim_scope(id: &PodId) -> String {
+    format!("{SCOPE_PREFIX}-shim-{}.scope", shim_name(id))
 }
 
 fn last(path: &str) -> &str {
@@ -208,6 +260,7 @@ mod tests {
 tmpfs /sys/fs/cgroup tmpfs rw 0 0
 cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,relatime,cpu,cpuacct 0 0
 cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0
+cgroup /sys/fs/cgroup/pids cgroup rw,relatime,pids 0 0
 cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0 0
 cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
 ";
@@ -218,6 +271,10 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
             driver,
             hierarchy: Cgroups::detect_hierarchy(mounts).unwrap(),
             default_parent: "/gantry".into(),
+            shims: match driver {
+                Driver::Cgroupfs => "/gantry-shims".into(),
+                Driver::Systemd => "gantry-shims.slice".into(),
+            },
         }
     }
 
@@ -240,7 +297,7 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         );
         assert!(place.oom_file.ends_with("memory.oom_control"));
         let pod = PodId::from_random([2; 32]);
-        assert_eq!(v1.holder("/kubepods/pod1", &pod).unwrap().len(), 2);
+        assert_eq!(v1.holder("/kubepods/pod1", &pod).unwrap().len(), 3);
     }
 
     #[test]
@@ -259,6 +316,25 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
             Path::new("/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice")
                 .join("kubepods-burstable-podx_y.slice")
                 .join(format!("gantry-{id}.scope"))
+        );
+    }
+
+    #[test]
+    fn shims_lie_outside_pods_and_are_not_named_like_them() {
+        let pod = PodId::from_random([2; 32]);
+        let half = "02".repeat(16);
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        let expected = ["memory", "pids"]
+            .map(|name| PathBuf::from(format!("/sys/fs/cgroup/{name}/gantry-shims/{half}")));
+        assert_eq!(v1.shim(&pod).unwrap(), expected);
+        let v2 = cgroups(Driver::Systemd, UNIFIED);
+        let scope = format!("gantry-shim-{half}.scope");
+        let slice = Path::new("/sys/fs/cgroup/gantry.slice/gantry-shims.slice");
+        assert_eq!(v2.shim(&pod).unwrap(), [slice.join(&scope)]);
+        assert_eq!(v2.scopes(&pod), [format!("gantry-{pod}.scope"), scope]);
+        assert_eq!(
+            v2.slice("/kubepods.slice/kubepods-podx.slice"),
+            "kubepods-podx.slice"
         );
     }
 

@@ -19,13 +19,14 @@ mod shim;
 mod undo;
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gantry_cri_api::v1 as cri;
 use gantry_images::Images;
-use gantry_ports::{Network, Snapshotter};
+use gantry_ports::{Network, Scopes, Snapshotter};
 use gantry_store::{Store, record};
 use gantry_types::{Digest, PodId, PodState};
 use prost::Message;
@@ -52,6 +53,8 @@ pub(crate) struct Context {
     pub images: Images,
     pub snapshotter: Arc<dyn Snapshotter>,
     pub network: Arc<dyn Network>,
+    /// Present under the systemd driver.
+    pub scopes: Option<Arc<dyn Scopes>>,
     pub registry: Registry,
     /// Recovery met records that it could not read.
     pub unreadable: AtomicBool,
@@ -119,6 +122,7 @@ impl Supervisor {
         images: Images,
         snapshotter: Arc<dyn Snapshotter>,
         network: Arc<dyn Network>,
+        scopes: Option<Arc<dyn Scopes>>,
     ) -> Result<Self, Error> {
         let dirs = RunDirs::new(&settings.state, &settings.netns_dir);
         dirs.make()
@@ -132,6 +136,7 @@ impl Supervisor {
             images,
             snapshotter,
             network,
+            scopes,
             registry,
             unreadable,
         };
@@ -308,6 +313,15 @@ impl Supervisor {
             .map(|linux| linux.cgroup_parent.as_str());
         let parent = settings.cgroups.parent(parent.unwrap_or_default())?;
         let cgroup_dirs = settings.cgroups.holder(parent, &id)?;
+        let shim_cgroup_dirs = settings.cgroups.shim(&id)?;
+        let scopes = match settings.cgroups.driver {
+            CgroupDriver::Cgroupfs => Vec::new(),
+            CgroupDriver::Systemd => settings.cgroups.scopes(&id).into(),
+        };
+        let text = |dirs: Vec<PathBuf>| {
+            let text = |dir: PathBuf| dir.to_string_lossy().into_owned();
+            dirs.into_iter().map(text).collect()
+        };
         let (netns_path, network_intent) = if host_network {
             (String::new(), Vec::new())
         } else {
@@ -334,11 +348,10 @@ impl Supervisor {
             config_hash: config_hash.to_vec(),
             boot_id: settings.boot_id.clone(),
             netns_path,
-            cgroup_dirs: cgroup_dirs
-                .iter()
-                .map(|d| d.to_string_lossy().into_owned())
-                .collect(),
+            cgroup_dirs: text(cgroup_dirs),
             network_intent,
+            shim_cgroup_dirs: text(shim_cgroup_dirs),
+            scopes,
         };
         Ok(PodFacts {
             id,

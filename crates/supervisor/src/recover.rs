@@ -649,6 +649,7 @@ fn remove_orphans(ctx: &Context) -> usize {
                 config: cri::PodSandboxConfig::default(),
                 record: record::PodConfig {
                     netns_path: dirs.netns(&id).to_string_lossy().into_owned(),
+                    shim_cgroup_dirs: shim_cgroup_dirs(ctx, &id),
                     ..Default::default()
                 },
             };
@@ -659,6 +660,14 @@ fn remove_orphans(ctx: &Context) -> usize {
         }
     }
     removed
+}
+
+/// The shim's cgroup of a pod without a record. The holder's is not known: its parent was in the
+/// request.
+fn shim_cgroup_dirs(ctx: &Context, id: &PodId) -> Vec<String> {
+    let dirs = ctx.settings.cgroups.shim(id).unwrap_or_default();
+    let text = |dir: &std::path::PathBuf| dir.to_string_lossy().into_owned();
+    dirs.iter().map(text).collect()
 }
 
 #[cfg(test)]

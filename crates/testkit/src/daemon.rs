@@ -23,6 +23,9 @@ use crate::{cni_plugin, oci_runtime};
 /// How long a daemon may take to answer after its start, and to end after SIGTERM.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// What the parent of the shims' cgroups is named.
+pub(crate) const SHIMS: &str = "shims";
+
 /// Lines of the daemon's log that are shown when a test fails.
 const SHOWN: usize = 80;
 
@@ -41,6 +44,8 @@ pub struct Options {
     pub network: bool,
     /// `--root` is a tmpfs of so many bytes instead of a directory.
     pub root_bytes: Option<u64>,
+    /// The systemd cgroup driver instead of cgroupfs.
+    pub systemd: bool,
 }
 
 impl Default for Options {
@@ -50,6 +55,7 @@ impl Default for Options {
             config: String::new(),
             network: true,
             root_bytes: None,
+            systemd: false,
         }
     }
 }
@@ -64,6 +70,12 @@ impl Options {
     #[must_use]
     pub fn config(mut self, text: &str) -> Self {
         text.clone_into(&mut self.config);
+        self
+    }
+
+    #[must_use]
+    pub fn systemd(mut self) -> Self {
+        self.systemd = true;
         self
     }
 }
@@ -168,6 +180,8 @@ pub fn has_failpoints() -> io::Result<bool> {
 
 /// A running gantryd.
 pub struct Daemon {
+    /// `gantry-test-` and eight hexadecimal digits that no other fixture on this machine has.
+    name: String,
     /// Ends the daemon and all that it made, before the directories below go.
     child: Option<Child>,
     places: Places,
@@ -199,16 +213,27 @@ impl Daemon {
         let plugin_faults = cni_plugin::write(&at("bin"), &at("plugin-faults"), &bridge)?;
         let faulty = at("bin/faulty-runtime");
         let runtime_faults = oci_runtime::write(&faulty, &at("runtime-faults"), "runc")?;
+        // A slice's name tells its parents by dashes, and this one has none (systemd.slice(5)).
+        let slice = name.replace('-', "");
+        let (driver, cgroup, parent, shims) = if options.systemd {
+            let cgroup = format!("{slice}.slice");
+            let shims = format!("{slice}-{SHIMS}.slice");
+            ("systemd", cgroup.clone(), cgroup, shims)
+        } else {
+            let (parent, shims) = (format!("/{name}"), format!("/{name}/{SHIMS}"));
+            ("cgroupfs", name.clone(), parent, shims)
+        };
         let places = Places {
             root: at("root"),
             state: state.clone(),
             dirs: vec![state.clone(), dir.path().to_owned()],
             netns_dir: at("netns"),
             netns: netns.link()?,
-            cgroup: name.clone(),
+            cgroup,
             ipam_dir: at("ipam"),
         };
         let mut daemon = Self {
+            name,
             child: None,
             socket: state.join("cri.sock"),
             env: options.env,
@@ -232,7 +257,7 @@ impl Daemon {
         let config = format!(
             "root = {root:?}\nstate = {state:?}\nsocket = {socket:?}\nshim = {shim:?}\n\
              [log]\nlevel = \"debug\"\n\
-             [cgroup]\ndriver = \"cgroupfs\"\ndefault_parent = \"/{name}\"\n\
+             [cgroup]\ndriver = {driver:?}\ndefault_parent = {parent:?}\nshims = {shims:?}\n\
              [network]\nconf_dir = {cni:?}\nbin_dirs = [{bins}]\nnetns_dir = {netns:?}\n\
              [images]\nregistry_config = {certs:?}\n\
              [runtime]\ndefault = \"runc\"\n\
@@ -286,7 +311,7 @@ impl Daemon {
         let number = NUMBER.load(Ordering::Relaxed);
         let subnet =
             Ipv4Addr::from_bits(u32::from(Ipv4Addr::new(10, 64, 0, 0)) | (number & 0x3fff) << 8);
-        let bridge = format!("gt{}", &self.places.cgroup["gantry-test-".len()..]);
+        let bridge = format!("gt{}", &self.name["gantry-test-".len()..]);
         let list = cni_plugin::conflist(
             "gantry-test",
             &bridge,
@@ -409,7 +434,7 @@ impl Daemon {
     pub fn snapshot(&self) -> Snapshot {
         let interfaces = self.netns.interfaces().unwrap_or_default();
         // The bridge stays for the next pod.
-        let bridge = format!("gt{}", &self.places.cgroup["gantry-test-".len()..]);
+        let bridge = format!("gt{}", &self.name["gantry-test-".len()..]);
         let interfaces = interfaces
             .into_iter()
             .filter(|name| *name != bridge)
@@ -496,6 +521,11 @@ impl Daemon {
     /// Ends and removes everything, whatever state it is in.
     fn clean_up(&mut self) -> io::Result<()> {
         self.end_everything()?;
+        if self.places.cgroup.ends_with(".slice") && Path::new("/run/systemd/system").is_dir() {
+            // Removed by now, but not forgotten; with it go those below.
+            let mut systemctl = Command::new("systemctl");
+            systemctl.args(["stop", &self.places.cgroup]).status()?;
+        }
         for point in self.places.mounts().iter().rev() {
             if point != self.netns.path() {
                 umount2(point, MntFlags::MNT_DETACH)?;
@@ -518,8 +548,8 @@ impl Drop for Daemon {
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
-/// `gantry-test-` and eight hexadecimal digits that no other fixture on this machine has: the name
-/// of its cgroup, and of its directory below /run.
+/// `gantry-test-` and eight hexadecimal digits that no other fixture on this machine has: what its
+/// cgroup and its directory below /run are named for.
 fn fresh_name() -> String {
     let number = NUMBER.fetch_add(1, Ordering::Relaxed) + 1;
     format!(

@@ -9,6 +9,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::daemon::SHIMS;
+
 /// How long what is being torn down may take to be gone.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -144,7 +146,14 @@ impl Places {
                 .collect(),
         );
         put("mount", numbered(text(self.mounts())));
-        put("cgroup", text(self.cgroups()));
+        let mut cgroups = self.cgroups();
+        // The parent of the shims' cgroups comes with the first of them and stays.
+        let slice = format!("-{SHIMS}.slice");
+        cgroups.retain(|dir| {
+            let name = dir.file_name().unwrap_or_default().to_string_lossy();
+            name != SHIMS && !name.ends_with(&slice)
+        });
+        put("cgroup", text(cgroups));
         put("network namespace", names(&self.netns_dir));
         put("interface", interfaces);
         put("address", addresses(&self.ipam_dir));

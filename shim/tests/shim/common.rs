@@ -232,6 +232,7 @@ pub fn boot(runtime: &Path, change: impl FnOnce(&mut v1::Bootstrap, &Path)) -> R
             timeout_ms: 60_000,
         }),
         oom_score_adj: -998,
+        cgroup_dirs: Vec::new(),
     };
     change(&mut bootstrap, dir.path());
     let binary =

@@ -1,7 +1,7 @@
 //! The pod itself: holder, namespaces, pins, connections, shutdown.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::common::{Daemon, boot, eventually, pod, records, skip};
 use gantry_shim_api::v1::{self, event, message, request};
@@ -215,8 +215,8 @@ fn a_wrong_bootstrap_is_refused() {
 }
 
 #[test]
-fn the_holder_joins_its_cgroups_and_they_go_with_it() {
-    if skip("the_holder_joins_its_cgroups_and_they_go_with_it") {
+fn holder_and_shim_join_their_cgroups_and_the_holders_go_with_it() {
+    if skip("holder_and_shim_join_their_cgroups_and_the_holders_go_with_it") {
         return;
     }
     let mut mounts: Vec<_> = ["memory", "pids", "cpuset", "unified"]
@@ -227,34 +227,55 @@ fn the_holder_joins_its_cgroups_and_they_go_with_it() {
     if mounts.is_empty() {
         mounts.push("/sys/fs/cgroup".into());
     }
-    let mut dirs = Vec::new();
+    let mut dirs: Vec<PathBuf> = Vec::new();
+    let mut own: Vec<PathBuf> = Vec::new();
+    let text = |dirs: &[PathBuf]| -> Vec<String> {
+        let text = |dir: &PathBuf| dir.to_str().unwrap().to_owned();
+        dirs.iter().map(text).collect()
+    };
     let mut pod = boot(Path::new(RUNC), |bootstrap, _| {
-        dirs = mounts
-            .iter()
-            .map(|m| m.join(&bootstrap.pod_id).join("deep/leaf"))
-            .collect();
-        bootstrap.holder.as_mut().unwrap().cgroup_dirs = dirs
-            .iter()
-            .map(|dir| dir.to_str().unwrap().to_owned())
-            .collect();
+        let at = |below: &str| {
+            let join = |mount: &&Path| mount.join(&bootstrap.pod_id).join(below);
+            mounts.iter().map(|mount| join(&mount.as_path())).collect()
+        };
+        (dirs, own) = (at("deep/leaf"), at("shim"));
+        bootstrap.cgroup_dirs = text(&own);
+        bootstrap.holder.as_mut().unwrap().cgroup_dirs = text(&dirs);
     })
     .unwrap();
-    for dir in &dirs {
-        let procs = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap();
-        assert_eq!(
-            procs.trim(),
-            pod.holder.pid.to_string(),
-            "{}",
-            dir.display()
-        );
+    // Both move after Hello, and before anything else is answered.
+    pod.daemon.state();
+    for (dirs, pid) in [(&dirs, pod.holder.pid), (&own, pod.shim.pid)] {
+        for dir in dirs {
+            let procs = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap();
+            assert_eq!(procs.trim(), pid.to_string(), "{}", dir.display());
+        }
     }
     pod.shutdown();
-    for dir in &dirs {
+    for (dir, own) in dirs.iter().zip(&own) {
         assert!(!dir.exists(), "{}", dir.display());
-        // Parents are the caller's.
+        // Parents are the caller's, and so is the cgroup that a shim has ended in.
         std::fs::remove_dir(dir.parent().unwrap()).unwrap();
-        std::fs::remove_dir(dir.parent().unwrap().parent().unwrap()).unwrap();
+        std::fs::remove_dir(own).unwrap();
+        std::fs::remove_dir(own.parent().unwrap()).unwrap();
     }
+}
+
+#[test]
+fn a_shim_that_cannot_join_its_cgroup_gives_the_pod_up() {
+    if skip("a_shim_that_cannot_join_its_cgroup_gives_the_pod_up") {
+        return;
+    }
+    let pod = boot(Path::new(RUNC), |bootstrap, _| {
+        bootstrap.cgroup_dirs = vec!["/proc/no/such/cgroup".to_owned()];
+    })
+    .unwrap();
+    let holder = pod.holder.into();
+    eventually("the holder dies", || !alive(holder));
+    let error = boot(Path::new(RUNC), |bootstrap, _| {
+        bootstrap.cgroup_dirs = vec!["relative".to_owned()];
+    });
+    assert!(error.err().unwrap().contains("relative"));
 }
 
 #[test]

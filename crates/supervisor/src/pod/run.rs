@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gantry_cri_api::v1 as cri;
-use gantry_ports::network::{Attachment, Dns, PortMapping, Protocol};
+use gantry_ports::network::{Attached, Attachment, Dns, PortMapping, Protocol};
+use gantry_ports::scopes::Scope;
 use gantry_shim_api::v1;
 use gantry_spec::resolved::SelinuxLabels;
 use gantry_spec::userns::Mapping;
@@ -18,7 +19,7 @@ use crate::registry::PodFacts;
 use crate::settings::Handler;
 use crate::shim::{PROTOCOL, Shim, spawn};
 use crate::undo::Undo;
-use crate::{Context, Error, failpoint};
+use crate::{Context, Error, cgroup, failpoint};
 
 /// tmpfs shared by the pod's containers as /dev/shm.
 const SHM_BYTES: &str = "67108864";
@@ -269,32 +270,33 @@ async fn steps(
     });
     let limit = ctx.settings.timeouts.shim_start;
     let ready = spawn(&ctx.settings.shim, id, &bootstrap, limit).await?;
-    let holder = ready
-        .holder
-        .ok_or_else(|| Error::internal("start shim", "it has no holder"))?;
-    let holder = ProcessRef {
-        pid: holder.pid,
-        start_time: holder.start_time,
+    let process = |process: Option<v1::Process>, what: &str| match process {
+        Some(process) => Ok(ProcessRef {
+            pid: process.pid,
+            start_time: process.start_time,
+        }),
+        None => Err(Error::internal("start shim", format!("it told no {what}"))),
     };
+    let holder = process(ready.holder, "holder")?;
+    let own = process(ready.shim, "process of its own")?;
     let socket = ctx.records.dirs.socket(id);
     let limit = ctx.settings.timeouts.shim_call;
     let (shim, _) = Shim::connect(id, &socket, limit, mailbox).await?;
 
     failpoint::at("pod::after-shim")?;
 
-    let mut status = record::PodStatus::default();
     if !facts.record.netns_path.is_empty() {
         undo.push("release network", {
             let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
             let intent = facts.record.network_intent.clone();
             async move { teardown::release_network(&ctx, &facts, &intent).await }
         });
-        let attachment = attachment(facts, Some(Path::new(&facts.record.netns_path)))?;
-        let attached = ctx
-            .network
-            .attach(&attachment, &facts.record.network_intent)
-            .await
-            .map_err(Error::step("set up network"))?;
+    }
+    // Side by side, and each to its end: what takes them back must not meet them under way.
+    let (placed, attached) = tokio::join!(place(ctx, facts, holder, own), attach(ctx, facts));
+    placed?;
+    let mut status = record::PodStatus::default();
+    if let Some(attached) = attached? {
         status.ips = attached.ips.iter().map(ToString::to_string).collect();
         status.network_result = attached.raw;
     }
@@ -320,6 +322,43 @@ async fn steps(
     })
 }
 
+/// Asks systemd for the scopes of holder and shim. Without systemd they move by themselves.
+async fn place(
+    ctx: &Context,
+    facts: &PodFacts,
+    holder: ProcessRef,
+    shim: ProcessRef,
+) -> Result<(), Error> {
+    let (Some(scopes), [holder_scope, shim_scope]) = (&ctx.scopes, facts.record.scopes.as_slice())
+    else {
+        return Ok(());
+    };
+    let cgroups = &ctx.settings.cgroups;
+    let linux = facts.config.linux.as_ref();
+    let parent = cgroups.parent(linux.map_or("", |linux| linux.cgroup_parent.as_str()))?;
+    let metadata = facts.config.metadata.clone().unwrap_or_default();
+    let scope = |name: &str, slice: &str, what: &str, process: ProcessRef| Scope {
+        name: name.to_owned(),
+        slice: slice.to_owned(),
+        description: format!("gantry {what} of {}/{}", metadata.namespace, metadata.name),
+        pid: process.pid,
+    };
+    let holder = scope(holder_scope, cgroups.slice(parent), "sandbox", holder);
+    let shim = scope(shim_scope, cgroups.slice(&cgroups.shims), "shim", shim);
+    let (holder, shim) = tokio::join!(scopes.start(&holder), scopes.start(&shim));
+    holder.and(shim).map_err(Error::step("make scope"))
+}
+
+async fn attach(ctx: &Context, facts: &PodFacts) -> Result<Option<Attached>, Error> {
+    if facts.record.netns_path.is_empty() {
+        return Ok(None);
+    }
+    let attachment = attachment(facts, Some(Path::new(&facts.record.netns_path)))?;
+    let intent = &facts.record.network_intent;
+    let attached = ctx.network.attach(&attachment, intent).await;
+    attached.map(Some).map_err(Error::step("set up network"))
+}
+
 fn bootstrap_hostname(bootstrap: &v1::Bootstrap) -> String {
     let own = bootstrap
         .holder
@@ -338,6 +377,14 @@ fn node_name() -> String {
 fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::Bootstrap, Error> {
     let asked = Asked::of(&facts.config);
     let dirs = &ctx.records.dirs;
+    // systemd moves both when they are there.
+    let (cgroup_dirs, shim_cgroup_dirs) = match ctx.settings.cgroups.driver {
+        cgroup::Driver::Systemd => (Vec::new(), Vec::new()),
+        cgroup::Driver::Cgroupfs => {
+            let record = &facts.record;
+            (record.cgroup_dirs.clone(), record.shim_cgroup_dirs.clone())
+        }
+    };
     let hostname = if asked.host_network {
         String::new()
     } else {
@@ -356,7 +403,7 @@ fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::B
             new_pid: asked.pid == cri::NamespaceMode::Pod,
             hostname,
             sysctls: sysctls(&facts.config, asked)?,
-            cgroup_dirs: facts.record.cgroup_dirs.clone(),
+            cgroup_dirs,
             uid_mappings: asked
                 .user
                 .map(|user| id_mapping(user.host_uid, user.uids))
@@ -372,11 +419,12 @@ fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::B
         runtime: Some(v1::Runtime {
             binary: path_text(&handler.binary)?,
             root: path_text(&handler.root)?,
-            systemd_cgroup: ctx.settings.cgroups.driver == crate::cgroup::Driver::Systemd,
+            systemd_cgroup: ctx.settings.cgroups.driver == cgroup::Driver::Systemd,
             timeout_ms: u32::try_from(ctx.settings.timeouts.runtime.as_millis())
                 .unwrap_or(u32::MAX),
         }),
         oom_score_adj: ctx.settings.shim_oom_score_adj,
+        cgroup_dirs: shim_cgroup_dirs,
     })
 }
 

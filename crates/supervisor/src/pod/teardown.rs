@@ -37,8 +37,39 @@ fn is_netns(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Ends a pod's shim and with it the holder: asks it first, then kills it.
+/// Ends a pod's shim and with it the holder, and then their scopes.
 pub(crate) async fn end_shim(
+    ctx: &Arc<Context>,
+    facts: &Arc<PodFacts>,
+    shim: Option<Arc<Shim>>,
+    recorded: Option<ProcessRef>,
+) -> Result<(), Error> {
+    end_process(ctx, facts, shim, recorded).await?;
+    stop_scopes(ctx, facts).await;
+    Ok(())
+}
+
+/// Has systemd forget the pod's scopes. Their processes have ended, and without any they go by
+/// themselves: a systemd that hangs must not keep the pod.
+async fn stop_scopes(ctx: &Context, facts: &PodFacts) {
+    let Some(scopes) = &ctx.scopes else { return };
+    let stop = async |name: &String| {
+        if let Err(error) = scopes.stop(name).await {
+            tracing::warn!(pod = %facts.id, %error, "scope is left to systemd");
+        }
+    };
+    match facts.record.scopes.as_slice() {
+        [holder, shim] => drop(tokio::join!(stop(holder), stop(shim))),
+        names => {
+            for name in names {
+                stop(name).await;
+            }
+        }
+    }
+}
+
+/// Asks a shim to end, then kills it.
+async fn end_process(
     ctx: &Arc<Context>,
     facts: &Arc<PodFacts>,
     shim: Option<Arc<Shim>>,
@@ -110,7 +141,7 @@ async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
 }
 
 /// Removes what the shim would have removed, and the pod's own mounts: pins, the network
-/// namespace, /dev/shm, the holder's cgroups. Needs no shim and minds nothing that is gone.
+/// namespace, /dev/shm, the cgroups of holder and shim. Needs no shim and minds nothing that is gone.
 pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
     let dirs = &ctx.records.dirs;
     let mut failed = Vec::new();
@@ -128,7 +159,8 @@ pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
         note(unpin(Path::new(&facts.record.netns_path)));
     }
     note(unmount(&dirs.shm(&facts.id)));
-    for dir in &facts.record.cgroup_dirs {
+    let cgroups = facts.record.cgroup_dirs.iter();
+    for dir in cgroups.chain(&facts.record.shim_cgroup_dirs) {
         note(remove_cgroup(Path::new(dir)));
     }
     if failed.is_empty() {

@@ -17,5 +17,6 @@ mod restart;
 mod security;
 mod stop;
 mod store;
+mod systemd;
 mod userns;
 mod walk;

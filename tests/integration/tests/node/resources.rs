@@ -114,6 +114,8 @@ fn the_pods_cgroup_parent_holds_its_containers() {
             let shim = node.pod_info(&pod.id).await["shimPid"].as_i64().unwrap();
             let outside = std::fs::read_to_string(format!("/proc/{shim}/cgroup")).unwrap();
             assert!(!outside.contains("pod7"), "{outside}");
+            let own = format!("/{}/shims/{}", node.daemon.places().cgroup, &pod.id[..32]);
+            assert!(outside.contains(&own), "{outside}");
 
             node.client.remove_pod(&pod.id).await.unwrap();
             // The kubelet made the parent in real life, and it removes it.
