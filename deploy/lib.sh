@@ -23,7 +23,7 @@ This is not Debian or Ubuntu, so nothing is installed for you. Please install:
   - the CNI plugins bridge, host-local, portmap and loopback in /opt/cni/bin or /usr/lib/cni
   - iptables, iproute2, util-linux
   - a static busybox (for the first image)
-  - for the tests also protoc (protobuf-compiler) and, for crictl, Go 1.26 or newer
+  - for the tests also protoc (protobuf-compiler) and, for crictl and critest, Go 1.26 or newer
 END
 }
 

@@ -10,13 +10,13 @@ enter_cgroups() {
     local path type rest dir
     while read -r path type rest; do
         dir=$path/$CGROUP
-        mkdir -p "$dir"
+        mkdir -p "$dir" || return 1
         # A new v1 cpuset is empty, and nothing can run in an empty one.
         if [ "$type" = cgroup ] && [ -e "$dir/cpuset.cpus" ]; then
-            cat "$path/cpuset.cpus" >"$dir/cpuset.cpus"
-            cat "$path/cpuset.mems" >"$dir/cpuset.mems"
+            cat "$path/cpuset.cpus" >"$dir/cpuset.cpus" || return 1
+            cat "$path/cpuset.mems" >"$dir/cpuset.mems" || return 1
         fi
-        echo "$BASHPID" >"$dir/cgroup.procs"
+        echo "$BASHPID" >"$dir/cgroup.procs" || return 1
     done < <(hierarchies)
 }
 
@@ -29,6 +29,28 @@ remove_cgroups() {
             sleep 0.1
         done
     done < <(hierarchies)
+}
+
+# Runs a command in namespaces and cgroups of its own and returns its exit status.
+in_namespaces() {
+    local status=0
+    (
+        enter_cgroups || exit 1
+        exec unshare --net --mount --propagation private --ipc --uts --pid --cgroup --fork --kill-child -- "$@"
+    ) </dev/null &
+    NAMESPACES=$!
+    # Not in the foreground: a signal must reach the caller's trap while the namespaces live.
+    wait "$NAMESPACES" || status=$?
+    NAMESPACES=""
+    return "$status"
+}
+
+# Ends every process of an in_namespaces that a signal has cut short.
+NAMESPACES=""
+end_namespaces() {
+    [ -n "$NAMESPACES" ] || return 0
+    kill -KILL "$NAMESPACES" 2>/dev/null || true
+    wait "$NAMESPACES" 2>/dev/null || true
 }
 
 # Inside new network, mount, PID, IPC, UTS and cgroup namespaces: mounts what belongs to them.

@@ -142,7 +142,7 @@ impl Suite {
                 dir: &dir,
             };
             if let Err(error) = self.one(&run, &daemon, &skips, &mut totals) {
-                println!("FAIL critest, {mode}: {error:#}");
+                println!("FAIL {}: critest, {mode}: {error:#}", self.name());
                 totals.failed += 1;
             }
             std::fs::write(dir.join("gantryd.log"), daemon.log())?;
@@ -150,6 +150,14 @@ impl Suite {
         let status = daemon.terminate().context("SIGTERM to gantryd")?;
         anyhow::ensure!(status.success(), "gantryd: {status}");
         Ok(totals)
+    }
+
+    /// What the OCI runtime is called here.
+    fn name(&self) -> std::borrow::Cow<'_, str> {
+        self.runtime
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
     }
 
     fn node(&self) -> Result<Daemon> {
@@ -176,7 +184,7 @@ impl Suite {
             println!("SKIP {count} x {specs}: {reason}");
         }
         for (spec, message) in &outcome.failed {
-            println!("FAIL {spec}");
+            println!("FAIL {}: {spec}", self.name());
             for line in message.lines().take(SHOWN) {
                 println!("       {line}");
             }
@@ -200,7 +208,7 @@ impl Suite {
             println!("ok   nothing is left of its pods");
             totals.passed += 1;
         } else {
-            println!("FAIL something is left of its pods");
+            println!("FAIL {}: something is left of its pods", self.name());
             leaks.iter().for_each(|leak| println!("       {leak}"));
             totals.failed += 1;
         }
