@@ -321,7 +321,9 @@ async fn busybox_is_a_whole_system() {
     );
     std::fs::create_dir(&target).unwrap();
     node.snapshotter.prepare(&id, &found.layers).unwrap();
-    node.snapshotter.mount(&id, &found.layers, &target, None).unwrap();
+    node.snapshotter
+        .mount(&id, &found.layers, &target, None)
+        .unwrap();
     let run = std::process::Command::new("chroot")
         .arg(&target)
         .args(["/bin/sh", "-c", "echo hello && id nobody && ls -ld /tmp"])
