@@ -218,6 +218,12 @@ go_tool() {
     echo "$tools/$name"
 }
 
+# Prints the path of a runc that has what the distribution's may be too old for.
+find_new_runc() {
+    if is_debian; then apt_install libseccomp-dev pkg-config >&2; fi
+    go_tool runc-new "$REPO/tests/conformance/runc" build -tags seccomp github.com/opencontainers/runc
+}
+
 # Prints the path of crictl: $CRICTL, the pinned one that was built here before, one built now if
 # there is Go or Go can be fetched, or the one in PATH. Fails if there is none.
 find_crictl() {

@@ -109,6 +109,11 @@ pub struct Runtime {
     pub handlers: BTreeMap<String, Handler>,
     /// OOM score adjustment of shims; raised to what the kernel lets us write.
     pub shim_oom_score_adj: i32,
+    /// Processes of a pod with a network of its own may bind ports below 1024 without a
+    /// capability.
+    pub unprivileged_ports: bool,
+    /// And send ICMP echo requests.
+    pub unprivileged_icmp: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -185,6 +190,8 @@ impl Default for Runtime {
             default: String::new(),
             handlers: BTreeMap::new(),
             shim_oom_score_adj: -998,
+            unprivileged_ports: true,
+            unprivileged_icmp: true,
         }
     }
 }

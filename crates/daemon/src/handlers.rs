@@ -75,6 +75,7 @@ fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) ->
             });
             let has = |feature: fn(&Features) -> bool| told.as_ref().is_ok_and(feature);
             HandlerFeatures {
+                known_holes: version.known_holes(),
                 version: version.version,
                 recursive_read_only_mounts: has(Features::recursive_read_only_mounts),
                 no_user_namespaces: match &told {
@@ -90,6 +91,14 @@ fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) ->
             }
         }
     };
+    if let Some(advisories) = &features.known_holes {
+        tracing::warn!(
+            handler = name,
+            version = features.version,
+            advisories,
+            "the runtime's version is older than the fix of known holes"
+        );
+    }
     match &features.unusable {
         None => tracing::info!(
             handler = name,

@@ -248,6 +248,8 @@ fn settings(config: &Config) -> Result<Settings> {
         cgroup_node,
         cgroups,
         shim_oom_score_adj: config.runtime.shim_oom_score_adj,
+        unprivileged_ports: config.runtime.unprivileged_ports,
+        unprivileged_icmp: config.runtime.unprivileged_icmp,
         timeouts: Timeouts {
             runtime: Duration::from_secs(config.timeouts.runtime_seconds),
             exec_drain: Duration::from_secs(config.timeouts.exec_drain_seconds),

@@ -8,6 +8,7 @@ pub mod command;
 pub mod error;
 pub mod features;
 pub mod flavour;
+mod floor;
 pub mod log;
 pub mod probe;
 

@@ -805,6 +805,26 @@ fn security_profiles() {
     assert_eq!(junk.refused().kind(), ErrorKind::FailedPrecondition);
 }
 
+/// GHSA-7ww5-4wqc-m92c: power readings tell secrets. Older kubelets do not name them.
+#[test]
+fn ghsa_7ww5_4wqc_m92c_power_readings_are_masked_and_an_empty_list_hides_nothing() {
+    let masked = |paths: &[&str], privileged| {
+        let mut case = Case::minimal();
+        if privileged {
+            case.privileged();
+        }
+        case.security().masked_paths = strings(paths);
+        let spec = case.build().unwrap();
+        spec.linux().as_ref().unwrap().masked_paths().clone()
+    };
+    const POWERCAP: &str = "/sys/devices/virtual/powercap";
+    let both = Some(strings(&["/proc/kcore", POWERCAP]));
+    assert_eq!(masked(&["/proc/kcore"], false), both);
+    assert_eq!(masked(&["/proc/kcore", POWERCAP], false), both);
+    assert_eq!(masked(&[], false), None, "ProcMount Unmasked");
+    assert_eq!(masked(&["/proc/kcore"], true), None);
+}
+
 #[test]
 fn runtime_default_seccomp() {
     let runtime_default =

@@ -29,6 +29,8 @@ pub struct HandlerFeatures {
     pub no_user_namespaces: Option<String>,
     /// It can install system call filters, as far as it tells.
     pub seccomp: bool,
+    /// Advisories that this version is too old for, by its number; `None` if none is known.
+    pub known_holes: Option<String>,
     /// Why the runtime cannot be used; `None` when it can.
     pub unusable: Option<String>,
 }
@@ -53,6 +55,10 @@ pub struct Settings {
     pub host: Host,
     /// OOM score adjustment of each shim; clamped to what the kernel lets us write.
     pub shim_oom_score_adj: i32,
+    /// Pods with a network of their own may bind low ports without a capability.
+    pub unprivileged_ports: bool,
+    /// And send pings.
+    pub unprivileged_icmp: bool,
     pub timeouts: Timeouts,
     /// Identifies this boot (`/proc/sys/kernel/random/boot_id`).
     pub boot_id: String,

@@ -86,6 +86,7 @@ impl Runtime {
                         "path": handler.binary,
                         "version": handler.features.version,
                         "unusable": handler.features.unusable,
+                        "knownHoles": handler.features.known_holes,
                         "noUserNamespaces": handler.features.no_user_namespaces,
                     });
                     (name, facts)

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::{Awaited, Driver, Msg, SHIM_ENDED, answer, blocking, files, teardown};
 use crate::registry::PodFacts;
-use crate::settings::Handler;
+use crate::settings::{Handler, Settings};
 use crate::shim::{PROTOCOL, Shim, spawn};
 use crate::undo::Undo;
 use crate::{Context, Error, cgroup, failpoint};
@@ -105,7 +105,7 @@ pub(crate) fn check(
     if let Some(options) = selinux_options(config) {
         gantry_spec::selinux::check(options).map_err(Error::step("check request"))?;
     }
-    sysctls(config, Asked::of(config))?;
+    given_sysctls(config, Asked::of(config))?;
     config
         .port_mappings
         .iter()
@@ -402,7 +402,7 @@ fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::B
             new_uts: !asked.host_network,
             new_pid: asked.pid == cri::NamespaceMode::Pod,
             hostname,
-            sysctls: sysctls(&facts.config, asked)?,
+            sysctls: sysctls(&ctx.settings, &facts.config, asked)?,
             cgroup_dirs,
             uid_mappings: asked
                 .user
@@ -445,19 +445,33 @@ fn path_text(path: &Path) -> Result<String, Error> {
         })
 }
 
+/// The node's defaults under what the pod asks for.
 fn sysctls(
+    settings: &Settings,
     config: &cri::PodSandboxConfig,
     asked: Asked,
 ) -> Result<BTreeMap<String, String>, Error> {
     let mut all = BTreeMap::new();
-    if !asked.host_network {
+    if !asked.host_network && settings.unprivileged_ports {
         all.insert(UNPRIVILEGED_PORTS.to_owned(), "0".to_owned());
+    }
+    if !asked.host_network && settings.unprivileged_icmp {
         // The kernel refuses groups that the user namespace does not have.
         let last = asked
             .user
             .map_or(gantry_spec::user::MAX_ID, |user| user.gids - 1);
         all.insert(PING_GROUPS.to_owned(), format!("0 {last}"));
     }
+    all.extend(given_sysctls(config, asked)?);
+    Ok(all)
+}
+
+/// What the pod asks for, by path below /proc/sys.
+fn given_sysctls(
+    config: &cri::PodSandboxConfig,
+    asked: Asked,
+) -> Result<BTreeMap<String, String>, Error> {
+    let mut all = BTreeMap::new();
     let given = config.linux.as_ref().map(|linux| &linux.sysctls);
     for (name, value) in given.into_iter().flatten() {
         let path = gantry_spec::sysctl::validate(name, value, asked.host_network, asked.host_ipc)

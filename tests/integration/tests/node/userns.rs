@@ -180,7 +180,7 @@ fn cve_2025_47291_a_pod_with_a_user_namespace_stays_in_its_cgroup() {
             assert!(of_pod.iter().all(|line| line.ends_with(&id)), "{text}");
             // On v1 every controller that the pod's parent has.
             let memory = |line: &&str| line.contains(":memory:") || line.starts_with("0::");
-            assert!(of_pod.iter().any(|line| memory(line)), "{text}");
+            assert!(of_pod.iter().any(memory), "{text}");
         },
     );
 }
