@@ -6,7 +6,7 @@
 //!
 //! Started by the daemon as `gantry-shim POD_ID` with a Bootstrap frame on standard input; answers
 //! one Ready frame on standard output. It must not be the leader of a process group, since it
-//! makes its own session.
+//! makes its own session. Under another name it is the init of containers ([`init`]).
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ mod console;
 mod container;
 mod error;
 mod holder;
+mod init;
 mod log;
 mod oom;
 mod output;
@@ -37,6 +38,9 @@ use holder::Holder;
 use shim::Shim;
 
 fn main() -> ExitCode {
+    if let Some(command) = init::command() {
+        return init::run(&command);
+    }
     // The order is law. First everything inherited goes: a descriptor of the daemon's that lived
     // on in a shim would keep sockets and mounts busy for a pod's life. The environment is left
     // behind by giving each child a new one (`Invocation::command`).

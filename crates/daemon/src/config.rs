@@ -114,6 +114,13 @@ pub struct Runtime {
     pub unprivileged_ports: bool,
     /// And send ICMP echo requests.
     pub unprivileged_icmp: bool,
+    /// Directories of CDI specs; the devices of a later one go before those of an earlier.
+    pub cdi_dirs: Vec<PathBuf>,
+    /// Device nodes belong to the user and group that a container is asked to run as.
+    pub device_ownership_from_security_context: bool,
+    /// Limits of containers, `name=soft:hard` or `name=both`; lowered to our own. Without one of a
+    /// name containers have that of gantryd.
+    pub default_ulimits: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -192,6 +199,11 @@ impl Default for Runtime {
             shim_oom_score_adj: -998,
             unprivileged_ports: true,
             unprivileged_icmp: true,
+            cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
+            device_ownership_from_security_context: false,
+            // As systemd gives its services: old programs walk through all descriptors that there
+            // may be, which takes them for ever where there is no limit.
+            default_ulimits: vec!["nofile=1024:524288".to_owned()],
         }
     }
 }
@@ -282,6 +294,12 @@ impl Config {
                     format!("makes a socket path of {length} bytes; unix sockets end at 107");
                 return Err(Error::Invalid { key, reason });
             }
+        }
+        for limit in &self.runtime.default_ulimits {
+            gantry_spec::rlimit::parse(limit, u64::MAX).map_err(|reason| Error::Invalid {
+                key: "runtime.default_ulimits",
+                reason,
+            })?;
         }
         if !self.runtime.default.is_empty()
             && !self.runtime.handlers.is_empty()

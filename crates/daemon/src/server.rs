@@ -247,6 +247,9 @@ fn settings(config: &Config) -> Result<Settings> {
         default_handler,
         cgroup_node,
         cgroups,
+        cdi_dirs: config.runtime.cdi_dirs.clone(),
+        device_ownership: config.runtime.device_ownership_from_security_context,
+        rlimits: rlimits(&config.runtime.default_ulimits)?,
         shim_oom_score_adj: config.runtime.shim_oom_score_adj,
         unprivileged_ports: config.runtime.unprivileged_ports,
         unprivileged_icmp: config.runtime.unprivileged_icmp,
@@ -259,6 +262,18 @@ fn settings(config: &Config) -> Result<Settings> {
         boot_id: gantry_sys::process::boot_id().context("read boot id")?,
         recovery_parallelism: 32,
     })
+}
+
+/// The configured limits, none above our own: a container's could not be raised over it.
+fn rlimits(configured: &[String]) -> Result<Vec<gantry_spec::rlimit::PosixRlimit>> {
+    use gantry_spec::rlimit::{UNLIMITED, name, parse};
+    let one = |text: &String| {
+        let wrong = |reason| anyhow::anyhow!("runtime.default_ulimits: {reason}");
+        let limit = parse(text, UNLIMITED).map_err(wrong)?;
+        let own = gantry_sys::process::hard_limit(&name(&limit)).context("read own limits")?;
+        parse(text, own).map_err(wrong)
+    };
+    configured.iter().map(one).collect()
 }
 
 /// gantry-shim: as configured, beside our own executable, or in PATH.

@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 
 use gantry_cri_api::v1::{ContainerConfig, LinuxContainerSecurityContext, PodSandboxConfig};
-use oci_spec::runtime::{Linux, Mount, Process, Root, Spec};
+use oci_spec::runtime::{Hooks, Linux, Mount, Process, Root, Spec};
 
 use crate::{Error, Resolved};
-use crate::{annotations, capabilities, devices, mounts, namespaces, process, seccomp, security};
+use crate::{
+    annotations, capabilities, cdi, devices, init, mounts, namespaces, process, seccomp, security,
+};
 
 /// Version of the runtime specification that we write. Nothing here needs a newer one, and older
 /// crun releases refuse versions that they have not heard of.
 const OCI_VERSION: &str = "1.1.0";
 
 /// In the order they run. Where two could not change places, the reason stands beside them.
-const STEPS: [Step; 18] = [
+const STEPS: [Step; 20] = [
     // First, because every other step may rely on `privileged` being allowed.
     check_privileged,
     root,
@@ -29,7 +31,11 @@ const STEPS: [Step; 18] = [
     mounts::defaults,
     // After the defaults: a later mount covers an earlier one.
     mounts::requested,
+    // After arguments and mounts: it goes before the one and is the last of the other.
+    init::init,
     devices::devices,
+    // After what it overrides: a device's variables, mounts and hooks are the vendor's word.
+    cdi::edits,
     // After devices: it adds to the resources that hold the device rules.
     cgroup,
     // After mounts: masking /proc/kcore needs /proc to be in the list.
@@ -99,6 +105,7 @@ pub(crate) struct Draft {
     pub mounts: Vec<Mount>,
     pub linux: Linux,
     pub annotations: BTreeMap<String, String>,
+    pub hooks: Option<Hooks>,
 }
 
 impl Draft {
@@ -123,6 +130,7 @@ impl Draft {
             mounts: Vec::new(),
             linux,
             annotations: BTreeMap::new(),
+            hooks: None,
         }
     }
 
@@ -135,6 +143,7 @@ impl Draft {
             .set_process(Some(self.process))
             .set_mounts(Some(self.mounts))
             .set_linux(Some(self.linux))
+            .set_hooks(self.hooks)
             .set_annotations(Some(self.annotations.into_iter().collect()));
         spec
     }

@@ -6,15 +6,18 @@
 
 mod annotations;
 pub mod capabilities;
+pub mod cdi;
 mod container;
 mod devices;
 pub mod error;
+pub mod init;
 pub mod mounts;
 mod namespaces;
 mod path;
 pub mod process;
 pub mod resolved;
 pub mod resources;
+pub mod rlimit;
 pub mod seccomp;
 pub mod security;
 pub mod selinux;

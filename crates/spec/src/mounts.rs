@@ -318,7 +318,7 @@ fn id_mappings(field: &str, mappings: &[IdMapping]) -> Result<Vec<LinuxIdMapping
     mappings.iter().map(convert).collect()
 }
 
-fn bind(place: PathBuf, source: &Path, options: &[&str]) -> Mount {
+pub(crate) fn bind(place: PathBuf, source: &Path, options: &[&str]) -> Mount {
     let mut mount = Mount::default();
     mount
         .set_destination(place)

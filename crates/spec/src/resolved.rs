@@ -29,6 +29,11 @@ pub struct Resolved {
     pub volumes: Vec<Volume>,
     /// The request's `devices`, expanded: a directory gives one for each node below it.
     pub devices: Vec<Device>,
+    /// What the request's CDI devices change, from [`crate::cdi::find`]; their nodes are among
+    /// `devices`.
+    pub cdi: Vec<crate::cdi::Edits>,
+    /// gantry-shim, which is also the init for containers that ask for one; static.
+    pub init: PathBuf,
     /// All devices of the host: what a privileged container gets. May be empty otherwise.
     pub host_devices: Vec<Device>,
     pub capabilities: KnownCapabilities,

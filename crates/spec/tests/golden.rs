@@ -94,6 +94,8 @@ impl Case {
                 mounts: Vec::new(),
                 volumes: Vec::new(),
                 devices: Vec::new(),
+                cdi: Vec::new(),
+                init: "/usr/libexec/gantry-shim".into(),
                 host_devices: Vec::new(),
                 capabilities: KnownCapabilities {
                     default: capabilities::default_set(),
@@ -290,6 +292,51 @@ fn devices() {
         bad.resolved.devices = vec![device];
         assert!(bad.refused().to_string().contains("devices[/dev/x]"));
     }
+}
+
+#[test]
+fn cdi_devices() {
+    let edits = r#"{"env": ["LANG=vendor", "GPU=0"],
+        "mounts": [{"hostPath": "/usr/lib/vendor.so", "containerPath": "/usr/lib/vendor.so", "options": ["ro", "bind"]}],
+        "hooks": [{"hookName": "createContainer", "path": "/usr/bin/hook", "args": ["hook", "ldcache"], "env": ["A=1"]}],
+        "additionalGids": [0, 44], "intelRdt": {"closID": "gold"}}"#;
+    let case = Case::with(|case| {
+        case.resolved.cdi = vec![
+            serde_json::from_str(edits).unwrap(),
+            serde_json::from_str(r#"{"env": ["GPU=0,1"]}"#).unwrap(),
+        ];
+        case.resolved.devices = vec![device("/dev/gpu0", 195, 0)];
+    });
+    golden("cdi_devices", &case);
+}
+
+#[test]
+fn init() {
+    let annotated = |pod: &str, container: &str| {
+        Case::with(|case| {
+            let annotations = |value: &str| {
+                let value = (!value.is_empty()).then(|| value.to_owned());
+                value.map(|value| (gantry_spec::init::ANNOTATION.to_owned(), value))
+            };
+            case.sandbox.annotations = annotations(pod).into_iter().collect();
+            case.config.annotations = annotations(container).into_iter().collect();
+        })
+    };
+    golden("init", &annotated("", "true"));
+    let minimal = Case::minimal().json();
+    assert_eq!(annotated("true", "").json(), annotated("", "true").json());
+    assert_eq!(annotated("true", "false").json(), minimal);
+    for bad in ["yes", "1", "TRUE"] {
+        let error = annotated("true", bad).refused();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(
+            error.to_string().starts_with("annotations[gantry.io/init]"),
+            "{error}"
+        );
+    }
+    let mut host_dev = annotated("true", "");
+    host_dev.mount(bind("/dev", "/dev"));
+    assert!(host_dev.refused().to_string().contains("/dev"));
 }
 
 #[test]

@@ -478,6 +478,23 @@ impl Supervisor {
         .await
     }
 
+    /// Keeps what the kubelet tells of a pod's overhead and resources.
+    pub async fn update_pod(
+        &self,
+        id: &str,
+        overhead: &cri::LinuxContainerResources,
+        resources: &cri::LinuxContainerResources,
+    ) -> Result<(), Error> {
+        let pod = self.ctx.registry.pod(id)?;
+        let (overhead, resources) = (overhead.encode_to_vec(), resources.encode_to_vec());
+        self.ask_of(&pod, |reply| Request::UpdatePod {
+            overhead,
+            resources,
+            reply,
+        })
+        .await
+    }
+
     pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
         let (pod, container) = self.ctx.registry.container(id)?;
         let id = container.facts.id.clone();

@@ -40,6 +40,9 @@ pub struct PodView {
     pub ips: Vec<String>,
     /// Raw result of the network plugin.
     pub network_result: Vec<u8>,
+    /// As last told by the kubelet.
+    pub overhead: Option<cri::LinuxContainerResources>,
+    pub resources: Option<cri::LinuxContainerResources>,
     pub containers: Vec<Arc<ContainerView>>,
 }
 

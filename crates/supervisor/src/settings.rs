@@ -53,6 +53,12 @@ pub struct Settings {
     pub cgroup_node: gantry_spec::resolved::CgroupNode,
     /// What the kernel has to confine containers with.
     pub host: Host,
+    /// Directories of CDI specs; the devices of a later one go before those of an earlier.
+    pub cdi_dirs: Vec<PathBuf>,
+    /// Device nodes belong to the user that a container is asked to run as.
+    pub device_ownership: bool,
+    /// What containers get; empty: what the shim has.
+    pub rlimits: Vec<oci_spec::runtime::PosixRlimit>,
     /// OOM score adjustment of each shim; clamped to what the kernel lets us write.
     pub shim_oom_score_adj: i32,
     /// Pods with a network of their own may bind low ports without a capability.

@@ -34,6 +34,50 @@ impl AsFd for ChildSignal {
     }
 }
 
+/// Every signal but those of a fault of our own, as readable events.
+#[derive(Debug)]
+pub struct AllSignals(SignalFd);
+
+/// A signal that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    pub signal: i32,
+    /// Sent by the kernel and not by a process: the terminal's keys, a change of its size.
+    pub from_kernel: bool,
+}
+
+impl AllSignals {
+    /// Blocks the signals in the calling thread and makes them readable.
+    pub fn block() -> io::Result<Self> {
+        let mut set = SigSet::all();
+        // Blocked, one that an instruction of ours raises would kill us just the same.
+        for fault in [
+            Signal::SIGBUS,
+            Signal::SIGFPE,
+            Signal::SIGILL,
+            Signal::SIGSEGV,
+            Signal::SIGSYS,
+            Signal::SIGTRAP,
+        ] {
+            set.remove(fault);
+        }
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
+        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// Waits for the next.
+    pub fn next(&mut self) -> io::Result<Received> {
+        loop {
+            if let Some(info) = self.0.read_signal()? {
+                return Ok(Received {
+                    signal: i32::try_from(info.ssi_signo).map_err(io::Error::other)?,
+                    from_kernel: info.ssi_code == libc::SI_KERNEL,
+                });
+            }
+        }
+    }
+}
+
 /// Runs `work`, such as a spawn, with no signal blocked: a child inherits the mask, and what it
 /// executes may never think of unblocking. A SIGCHLD that comes meanwhile is lost to
 /// [`ChildSignal`]; reap afterwards.

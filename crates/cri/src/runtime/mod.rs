@@ -309,11 +309,10 @@ impl RuntimeService for Runtime {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
-        Err(unimplemented(
-            "UpdatePodSandboxResources",
-            "the kubelet owns the pod's cgroup",
-        ))
+        self.update_pod(request.into_inner())
+            .await
+            .map(Response::new)
     }
 }

@@ -72,6 +72,19 @@ impl Runtime {
         })
     }
 
+    pub(super) async fn update_pod(
+        &self,
+        request: cri::UpdatePodSandboxResourcesRequest,
+    ) -> Result<cri::UpdatePodSandboxResourcesResponse, Status> {
+        let overhead = request.overhead.unwrap_or_default();
+        let resources = request.resources.unwrap_or_default();
+        self.supervisor
+            .update_pod(&request.pod_sandbox_id, &overhead, &resources)
+            .await
+            .map_err(status)?;
+        Ok(cri::UpdatePodSandboxResourcesResponse {})
+    }
+
     /// What crictl and node agents read beside the status: `pid` above all.
     fn pod_info(&self, view: &PodView) -> serde_json::Value {
         let (pid, shim_pid, reason) = match &view.state {
@@ -81,6 +94,7 @@ impl Runtime {
         };
         let network: serde_json::Value =
             serde_json::from_slice(&view.network_result).unwrap_or_default();
+        let of = |resources| crate::json::of("LinuxContainerResources", resources);
         json!({
             "pid": pid,
             "shimPid": shim_pid,
@@ -90,6 +104,8 @@ impl Runtime {
             "runtimeHandler": view.facts.record.runtime_handler,
             "config": crate::json::of("PodSandboxConfig", &view.facts.config),
             "cniResult": network,
+            "overhead": view.overhead.as_ref().map(of),
+            "resources": view.resources.as_ref().map(of),
         })
     }
 

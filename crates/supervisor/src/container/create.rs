@@ -274,6 +274,14 @@ fn facts(
         .map(|linux| linux.cgroup_parent.as_str());
     let parent = ctx.settings.cgroups.parent(parent.unwrap_or_default())?;
     let place = ctx.settings.cgroups.container(parent, &id)?;
+    let image_signal = &image.config.stop_signal;
+    if !image_signal.is_empty() && gantry_spec::signal::parse(image_signal).is_none() {
+        tracing::warn!(
+            image = image.id,
+            image_signal,
+            "StopSignal names no signal: passed over"
+        );
+    }
     let stop_signal =
         gantry_spec::signal::stop_signal(config.stop_signal(), &image.config.stop_signal);
     let record = record::ContainerConfig {

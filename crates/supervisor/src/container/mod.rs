@@ -1,7 +1,9 @@
 //! A container inside its pod's driver: its state, what is wanted of it, and the effects that
 //! bring the one to the other.
 
+mod cdi;
 mod create;
+mod devices;
 mod exec;
 mod mounts;
 mod relabel;

@@ -5,19 +5,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use gantry_cri_api::v1 as cri;
 use gantry_images::Image;
 use gantry_spec::resolved::{
-    Cgroup, Device, DeviceKind, KnownCapabilities, Namespace, Namespaces, PodFiles, Resolved,
-    Seccomp, SelinuxLabels,
+    Cgroup, KnownCapabilities, Namespace, Namespaces, PodFiles, Resolved, Seccomp, SelinuxLabels,
 };
 use gantry_spec::security::Profile;
 use gantry_spec::user::User;
 use gantry_sys::fs::OFlags;
 
+use super::devices;
 use crate::cgroup::Place;
 use crate::pod::Asked;
 use crate::registry::{ContainerFacts, PodFacts};
@@ -25,8 +24,6 @@ use crate::{Context, Error};
 
 /// passwd and group of an image.
 const MAX_ACCOUNTS: u64 = 10 << 20;
-/// Directories below /dev whose nodes belong to something other than the machine.
-const NOT_DEVICES: [&str; 6] = ["pts", "shm", "fd", "mqueue", "hugepages", "console"];
 
 /// Whether the container's PID namespace is its own.
 pub(super) fn own_pid_namespace(config: &cri::ContainerConfig, pod: Asked) -> bool {
@@ -82,6 +79,9 @@ impl Sources<'_> {
             .and_then(|linux| linux.security_context.as_ref());
         let privileged = security.is_some_and(|security| security.privileged);
         let user = self.user(&rootfs)?;
+        let cdi = super::cdi::find(&ctx.settings.cdi_dirs, config)?;
+        let mut devices = devices::asked(config, ctx.settings.device_ownership)?;
+        devices.extend(super::cdi::devices(&cdi)?);
         let pod_dir = ctx.records.dirs.pod(&self.pod.id);
         let asked = Asked::of(&self.pod.config);
         let hostname = fs::read_to_string(pod_dir.join("hostname"))
@@ -123,10 +123,12 @@ impl Sources<'_> {
                 super::root::user(ctx, self.pod).as_ref(),
             )?,
             volumes: Vec::new(),
-            devices: devices(config)?,
+            devices,
+            cdi,
+            init: ctx.settings.shim.clone(),
             // In a user namespace their owners have no names and their drivers no trust.
             host_devices: if privileged && asked.user.is_none() {
-                host_devices(Path::new("/dev"))?
+                devices::of_host(Path::new("/dev"))?
             } else {
                 Vec::new()
             },
@@ -135,7 +137,7 @@ impl Sources<'_> {
                 all: gantry_spec::capabilities::from_mask(bounding),
             },
             oom_score_adj_floor: gantry_sys::oom::clamp_oom_score_adj(-1000),
-            rlimits: Vec::new(),
+            rlimits: ctx.settings.rlimits.clone(),
             seccomp: Seccomp {
                 unsupported: ctx
                     .settings
@@ -281,108 +283,6 @@ fn account_file(rootfs: &Path, name: &str) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-/// The request's devices; a directory stands for the nodes below it.
-fn devices(config: &cri::ContainerConfig) -> Result<Vec<Device>, Error> {
-    let mut devices = Vec::new();
-    for (n, asked) in config.devices.iter().enumerate() {
-        let field = || format!("devices[{n}].host_path");
-        let host = Path::new(&asked.host_path);
-        let real = fs::canonicalize(host).map_err(|error| Error::Invalid {
-            field: field(),
-            reason: format!("{}: {error}", host.display()),
-        })?;
-        let target = if asked.container_path.is_empty() {
-            host
-        } else {
-            asked.container_path.as_ref()
-        };
-        if real.is_dir() {
-            for mut device in host_devices(&real)? {
-                let below = device
-                    .path
-                    .strip_prefix(&real)
-                    .unwrap_or(&device.path)
-                    .to_owned();
-                device.path = target.join(below);
-                device.access.clone_from(&asked.permissions);
-                devices.push(device);
-            }
-            continue;
-        }
-        let device = device(&real, target, &asked.permissions)
-            .map_err(|error| Error::io("resolve device", &real, &error))?
-            .ok_or_else(|| Error::Invalid {
-                field: field(),
-                reason: format!("{} is not a device", real.display()),
-            })?;
-        devices.push(device);
-    }
-    Ok(devices)
-}
-
-/// The node at `path` as it appears at `target`; `None` when it is no device.
-fn device(path: &Path, target: &Path, access: &str) -> io::Result<Option<Device>> {
-    let metadata = fs::metadata(path)?;
-    let kind = if metadata.file_type().is_block_device() {
-        DeviceKind::Block
-    } else if metadata.file_type().is_char_device() {
-        DeviceKind::Character
-    } else {
-        return Ok(None);
-    };
-    let number = metadata.rdev();
-    Ok(Some(Device {
-        path: target.to_owned(),
-        kind,
-        major: major(number),
-        minor: minor(number),
-        mode: metadata.mode() & 0o7777,
-        uid: metadata.uid(),
-        gid: metadata.gid(),
-        access: access.to_owned(),
-    }))
-}
-
-/// makedev(3): Linux splits both numbers.
-fn major(number: u64) -> u32 {
-    (((number >> 8) & 0xfff) | ((number >> 32) & 0xffff_f000)) as u32
-}
-
-fn minor(number: u64) -> u32 {
-    ((number & 0xff) | ((number >> 12) & 0xffff_ff00)) as u32
-}
-
-/// Every device node below `dir`, at its own path. Symbolic links are not followed: they lead to
-/// nodes that are found anyway.
-fn host_devices(dir: &Path) -> Result<Vec<Device>, Error> {
-    let mut found = Vec::new();
-    let mut dirs = vec![dir.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        let entries = fs::read_dir(&dir).map_err(|e| Error::io("list devices", &dir, &e))?;
-        for entry in entries {
-            let entry = entry.map_err(|error| Error::io("list devices", &dir, &error))?;
-            let name = entry.file_name();
-            if NOT_DEVICES.iter().any(|other| name == **other) {
-                continue;
-            }
-            let path = entry.path();
-            // A node may vanish while we look: hot-plugged devices are not worth an error.
-            let Ok(kind) = entry.file_type() else {
-                continue;
-            };
-            if kind.is_dir() {
-                dirs.push(path);
-            } else if (kind.is_char_device() || kind.is_block_device())
-                && let Ok(Some(device)) = device(&path, &path, "rwm")
-            {
-                found.push(device);
-            }
-        }
-    }
-    found.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(found)
-}
-
 /// What we may hand on ourselves: the runtime fails to set more, even for a privileged container.
 fn bounding_capabilities() -> Result<u64, Error> {
     const PATH: &str = "/proc/self/status";
@@ -478,17 +378,5 @@ mod tests {
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(read_profile(&fifo).is_err(), "a FIFO must not block us");
-    }
-
-    #[test]
-    fn device_numbers_are_split_as_the_kernel_does() {
-        let null = device(Path::new("/dev/null"), Path::new("/dev/x"), "rw")
-            .unwrap()
-            .unwrap();
-        assert_eq!(
-            (null.major, null.minor, null.kind),
-            (1, 3, DeviceKind::Character)
-        );
-        assert_eq!(device(Path::new("/"), Path::new("/x"), "rw").unwrap(), None);
     }
 }

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dev_that_leads_elsewhere_becomes_a_directory() {
+    fn cve_2026_41579_a_dev_that_leads_elsewhere_becomes_a_directory() {
         let (dir, root) = root();
         let dev = root.join("dev");
         plain_dev(&root).unwrap();

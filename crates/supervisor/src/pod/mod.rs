@@ -182,12 +182,28 @@ impl Driver {
             .filter(|container| container.state != ContainerState::Creating)
             .map(|container| Arc::new(container.view()))
             .collect();
+        let linux = self.pod_config().linux.as_ref();
+        // What was updated, else what the pod was made with.
+        let told = |updated: &Vec<u8>, made: Option<cri::LinuxContainerResources>| {
+            if updated.is_empty() {
+                return made;
+            }
+            prost::Message::decode(updated.as_slice()).ok()
+        };
         self.ctx.registry.publish(PodView {
             facts: Arc::clone(&self.facts),
             state: self.state.clone(),
             half_made: self.status.half_made,
             ips: self.status.ips.clone(),
             network_result: self.status.network_result.clone(),
+            overhead: told(
+                &self.status.overhead,
+                linux.and_then(|linux| linux.overhead.clone()),
+            ),
+            resources: told(
+                &self.status.resources,
+                linux.and_then(|linux| linux.resources.clone()),
+            ),
             containers,
         });
     }

@@ -54,6 +54,12 @@ pub(crate) enum Request {
         resources: Box<cri::LinuxContainerResources>,
         reply: Reply<()>,
     },
+    /// Legal in a ready pod.
+    UpdatePod {
+        overhead: Vec<u8>,
+        resources: Vec<u8>,
+        reply: Reply<()>,
+    },
     /// Legal in RUNNING.
     ReopenLog { id: ContainerId, reply: Reply<()> },
     /// Legal in RUNNING: what an exec needs.
@@ -117,6 +123,11 @@ impl Driver {
                     None => answer(vec![reply], &Ok(())),
                 }
             }
+            Request::UpdatePod {
+                overhead,
+                resources,
+                reply,
+            } => self.update_resources(overhead, resources, reply),
             Request::ReopenLog { id, reply } => self.reopen_log(&id, reply),
             Request::Running { id, reply } => {
                 let answer = self.running(&id).and_then(|view| {
@@ -126,6 +137,37 @@ impl Driver {
                 let _ = reply.send(answer);
             }
         }
+    }
+
+    /// Keeps what the kubelet tells of the pod's size. The pod's cgroup, whose limits these are, is
+    /// the kubelet's; ours are leaves below it.
+    fn update_resources(&mut self, overhead: Vec<u8>, resources: Vec<u8>, reply: Reply<()>) {
+        if self.ending() || !self.state.is_ready() {
+            let _ = reply.send(Err(Error::State {
+                what: "pod sandbox",
+                id: self.id().to_string(),
+                reason: "it is not ready".to_owned(),
+            }));
+            return;
+        }
+        self.status.overhead = overhead;
+        self.status.resources = resources;
+        self.publish();
+        let write = |driver: &Driver| {
+            let ctx = Arc::clone(&driver.ctx);
+            let (id, status) = (driver.id().clone(), driver.status.clone());
+            move || ctx.records.put_pod_status(&id, &status)
+        };
+        self.blocking(write(self), move |driver, outcome| {
+            if driver.state.is_ready() {
+                let _ = reply.send(outcome);
+                return;
+            }
+            // Its loss was recorded at the same time, and the later of the two writes counts.
+            driver.blocking(write(driver), move |_, again| {
+                let _ = reply.send(outcome.and(again));
+            });
+        });
     }
 
     fn with_container<T>(

@@ -344,10 +344,6 @@ fn calls_of_later_days_are_unimplemented() {
         let mut young = RuntimeServiceClient::new(channel);
         let codes = [
             young
-                .update_pod_sandbox_resources(cri::UpdatePodSandboxResourcesRequest::default())
-                .await
-                .map(drop),
-            young
                 .stream_container_stats(cri::StreamContainerStatsRequest::default())
                 .await
                 .map(drop),

@@ -5,8 +5,10 @@
 mod advisories;
 mod chaos;
 mod containers;
+mod devices;
 mod exec;
 mod images;
+mod init;
 mod lists;
 mod lost;
 mod mounts;

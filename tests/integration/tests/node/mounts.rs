@@ -334,47 +334,50 @@ fn image_volumes_are_the_containers_own() {
 }
 
 #[test]
-fn image_volumes_show_nothing_of_the_host() {
-    on_plain_node("image_volumes_show_nothing_of_the_host", async |node| {
-        // CVE-2022-23648.
-        let canary = node.daemon.path("canary");
-        std::fs::create_dir(&canary).unwrap();
-        std::fs::write(canary.join("secret"), "host").unwrap();
-        let up = format!("/../../../../../../../../..{}", canary.display());
-        let layer = Layer::new()
-            .symlink("absolute", &canary.display().to_string())
-            .symlink("relative", up.trim_start_matches('/'))
-            .symlink("magic", &format!("/proc/1/root{}", canary.display()));
-        let image = busybox_and(layer, &[&up, "/absolute", "/relative", "/magic"]);
-        let image = node.pull("traversal", &image).await;
-        let pod = node.host_pod("traversal").await;
-        let answer = create(node, &pod, &sleeper("c", &image)).await;
-        // The runtime may refuse to mount at such links; what it mounts holds nothing.
-        if let Ok(id) = answer
-            && node.client.start(&id).await.is_ok()
-        {
-            let found = node
-                .sh(
-                    &id,
-                    "find / -xdev -name secret; ls -R /absolute/ /relative/",
-                )
-                .await;
-            assert!(!found.contains("secret"), "{found}");
-        }
-        let volumes = node.daemon.places().root.join("overlayfs/snapshots");
-        let copies = walk(&volumes);
-        assert!(
-            !copies.iter().any(|path| path.ends_with("secret")),
-            "{copies:?}"
-        );
-        let names = gantry_testkit::leakcheck::names(&canary);
-        assert_eq!(names, ["secret"], "nothing was made on the host");
+fn cve_2022_23648_image_volumes_show_nothing_of_the_host() {
+    on_plain_node(
+        "cve_2022_23648_image_volumes_show_nothing_of_the_host",
+        async |node| {
+            // CVE-2022-23648.
+            let canary = node.daemon.path("canary");
+            std::fs::create_dir(&canary).unwrap();
+            std::fs::write(canary.join("secret"), "host").unwrap();
+            let up = format!("/../../../../../../../../..{}", canary.display());
+            let layer = Layer::new()
+                .symlink("absolute", &canary.display().to_string())
+                .symlink("relative", up.trim_start_matches('/'))
+                .symlink("magic", &format!("/proc/1/root{}", canary.display()));
+            let image = busybox_and(layer, &[&up, "/absolute", "/relative", "/magic"]);
+            let image = node.pull("traversal", &image).await;
+            let pod = node.host_pod("traversal").await;
+            let answer = create(node, &pod, &sleeper("c", &image)).await;
+            // The runtime may refuse to mount at such links; what it mounts holds nothing.
+            if let Ok(id) = answer
+                && node.client.start(&id).await.is_ok()
+            {
+                let found = node
+                    .sh(
+                        &id,
+                        "find / -xdev -name secret; ls -R /absolute/ /relative/",
+                    )
+                    .await;
+                assert!(!found.contains("secret"), "{found}");
+            }
+            let volumes = node.daemon.places().root.join("overlayfs/snapshots");
+            let copies = walk(&volumes);
+            assert!(
+                !copies.iter().any(|path| path.ends_with("secret")),
+                "{copies:?}"
+            );
+            let names = gantry_testkit::leakcheck::names(&canary);
+            assert_eq!(names, ["secret"], "nothing was made on the host");
 
-        let file = busybox_and(Layer::new().file("a-file", b""), &["/a-file"]);
-        let file = node.pull("file", &file).await;
-        let answer = create(node, &pod, &sleeper("file", &file)).await;
-        refused(answer, Code::InvalidArgument, "Volumes");
-    });
+            let file = busybox_and(Layer::new().file("a-file", b""), &["/a-file"]);
+            let file = node.pull("file", &file).await;
+            let answer = create(node, &pod, &sleeper("file", &file)).await;
+            refused(answer, Code::InvalidArgument, "Volumes");
+        },
+    );
 }
 
 fn walk(dir: &Path) -> Vec<PathBuf> {
@@ -389,50 +392,53 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn targets_that_are_links_stay_in_the_root() {
-    on_plain_node("targets_that_are_links_stay_in_the_root", async |node| {
-        // CVE-2024-5154, CVE-2021-30465, CVE-2026-41579: whatever the image has where something is
-        // mounted, nothing is made or changed on the host.
-        let canary = node.daemon.path("canary");
-        std::fs::create_dir(&canary).unwrap();
-        std::fs::write(canary.join("file"), "host").unwrap();
-        let to = |below: &str| canary.join(below).display().to_string();
-        let layer = Layer::new()
-            .symlink("dev", &to("dev"))
-            .symlink("etc/mtab", &to("mtab"))
-            .symlink("etc/resolv.conf", &to("resolv"))
-            .symlink("etc/hosts", &to("hosts"))
-            .symlink("etc/hostname", &to("hostname"))
-            .symlink("mount", &to("mount"))
-            .symlink("file", &to("file"));
-        let image = busybox_and(layer, &[]);
-        let image = node.pull("links", &image).await;
-        let pod = node.host_pod("links").await;
-        let volume = node.daemon.path("volume");
-        std::fs::create_dir(&volume).unwrap();
-        std::fs::write(volume.join("file"), "volume").unwrap();
-        let mut config = sleeper("c", &image);
-        config.mounts = vec![bind(&volume, "/mount"), bind(&volume.join("file"), "/file")];
-        let id = node.create(&pod, &config).await;
-        let started = node.client.start(&id).await;
-        let mut names = gantry_testkit::leakcheck::names(&canary);
-        names.sort();
-        assert_eq!(names, ["file"]);
-        assert_eq!(
-            std::fs::read_to_string(canary.join("file")).unwrap(),
-            "host"
-        );
-        started.expect("the links lead to places within the root");
-        assert_eq!(node.sh(&id, "cat /file; ls /mount").await, "volumefile");
-        assert_eq!(
-            node.sh(
-                &id,
-                "test -d /dev -a ! -L /dev && test -c /dev/null && echo own"
-            )
-            .await,
-            "own"
-        );
-    });
+fn cve_2024_5154_and_cve_2021_30465_targets_that_are_links_stay_in_the_root() {
+    on_plain_node(
+        "cve_2024_5154_and_cve_2021_30465_targets_that_are_links_stay_in_the_root",
+        async |node| {
+            // CVE-2024-5154, CVE-2021-30465, CVE-2026-41579: whatever the image has where something is
+            // mounted, nothing is made or changed on the host.
+            let canary = node.daemon.path("canary");
+            std::fs::create_dir(&canary).unwrap();
+            std::fs::write(canary.join("file"), "host").unwrap();
+            let to = |below: &str| canary.join(below).display().to_string();
+            let layer = Layer::new()
+                .symlink("dev", &to("dev"))
+                .symlink("etc/mtab", &to("mtab"))
+                .symlink("etc/resolv.conf", &to("resolv"))
+                .symlink("etc/hosts", &to("hosts"))
+                .symlink("etc/hostname", &to("hostname"))
+                .symlink("mount", &to("mount"))
+                .symlink("file", &to("file"));
+            let image = busybox_and(layer, &[]);
+            let image = node.pull("links", &image).await;
+            let pod = node.host_pod("links").await;
+            let volume = node.daemon.path("volume");
+            std::fs::create_dir(&volume).unwrap();
+            std::fs::write(volume.join("file"), "volume").unwrap();
+            let mut config = sleeper("c", &image);
+            config.mounts = vec![bind(&volume, "/mount"), bind(&volume.join("file"), "/file")];
+            let id = node.create(&pod, &config).await;
+            let started = node.client.start(&id).await;
+            let mut names = gantry_testkit::leakcheck::names(&canary);
+            names.sort();
+            assert_eq!(names, ["file"]);
+            assert_eq!(
+                std::fs::read_to_string(canary.join("file")).unwrap(),
+                "host"
+            );
+            started.expect("the links lead to places within the root");
+            assert_eq!(node.sh(&id, "cat /file; ls /mount").await, "volumefile");
+            assert_eq!(
+                node.sh(
+                    &id,
+                    "test -d /dev -a ! -L /dev && test -c /dev/null && echo own"
+                )
+                .await,
+                "own"
+            );
+        },
+    );
 }
 
 /// An image with a model in it, in two layers.

@@ -136,3 +136,170 @@ fn the_pods_cgroup_parent_holds_its_containers() {
         },
     );
 }
+
+#[test]
+fn limits_that_no_node_or_not_this_one_can_hold() {
+    on_plain_node(
+        "limits_that_no_node_or_not_this_one_can_hold",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.host_pod("odd").await;
+            let with = |name: &str, asked: LinuxContainerResources| {
+                let mut config = sleeper(name, &image);
+                *resources(&mut config) = asked;
+                config
+            };
+            for (asked, says) in [
+                (
+                    LinuxContainerResources {
+                        memory_limit_in_bytes: 64 << 20,
+                        memory_swap_limit_in_bytes: 32 << 20,
+                        ..Default::default()
+                    },
+                    "memory_swap_limit_in_bytes",
+                ),
+                (
+                    LinuxContainerResources {
+                        oom_score_adj: 1001,
+                        ..Default::default()
+                    },
+                    "oom_score_adj",
+                ),
+                (
+                    LinuxContainerResources {
+                        cpu_shares: -1,
+                        ..Default::default()
+                    },
+                    "cpu_shares",
+                ),
+            ] {
+                let answer = node
+                    .client
+                    .create(&pod.id, &with("bad", asked), &pod.config)
+                    .await;
+                refused(answer, Code::InvalidArgument, says);
+            }
+            // Nothing of the host's is changed, whatever the key says.
+            let unified = LinuxContainerResources {
+                unified: [("../memory.max".to_owned(), "1".to_owned())].into(),
+                ..Default::default()
+            };
+            let answer = node
+                .client
+                .create(&pod.id, &with("unified", unified), &pod.config)
+                .await;
+            let code = answer.unwrap_err().code();
+            assert!(
+                matches!(code, Code::InvalidArgument | Code::FailedPrecondition),
+                "{code:?}"
+            );
+
+            let first = first_cpu();
+            let cpus = LinuxContainerResources {
+                cpuset_cpus: first.clone(),
+                ..Default::default()
+            };
+            let id = node.run(&pod, &with("cpuset", cpus)).await;
+            let allowed = node
+                .sh(&id, "grep ^Cpus_allowed_list: /proc/1/status | cut -f2")
+                .await;
+            assert_eq!(allowed, first);
+            // Nobody counts a container's processes but the kubelet, in the pod's cgroup.
+            let pids = cgroup(node, &id, "pids", "pids.max", "pids.max");
+            assert_eq!(pids, "max");
+            let limits = node.sh(&id, "ulimit -Sn; ulimit -Hn").await;
+            let limits: Vec<u64> = limits.lines().map(|line| line.parse().unwrap()).collect();
+            assert!(limits[0] <= 1024 && limits[1] <= 524_288, "{limits:?}");
+            assert_eq!(
+                node.sh(&id, "ulimit -Sn").await,
+                limits[0].to_string(),
+                "execs have them too"
+            );
+        },
+    );
+}
+
+/// The first processor that we may use ourselves.
+fn first_cpu() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let list = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))
+        .unwrap();
+    list.trim().split([',', '-']).next().unwrap().to_owned()
+}
+
+#[test]
+fn cve_2023_6476_and_cve_2024_3154_annotations_change_neither_cgroup_nor_unit() {
+    on_plain_node(
+        "cve_2023_6476_and_cve_2024_3154_annotations_change_neither_cgroup_nor_unit",
+        async |node| {
+            // CVE-2023-6476, CVE-2024-3154.
+            let image = node.busybox().await;
+            let mut config = node.pod_config("annotated");
+            let hostile = [
+                ("io.kubernetes.cri-o.UnifiedCgroup.c", "memory.max=max"),
+                (
+                    "org.systemd.property.ExecStartPre",
+                    "[('/bin/evil', ['x'], false)]",
+                ),
+                ("run.oci.systemd.subgroup", "x"),
+                ("io.kubernetes.cri.container-type", "sandbox"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+            config.annotations.extend(hostile.clone());
+            let pod = node.run_pod(&config).await;
+            let mut config = sleeper("c", &image);
+            config.annotations.extend(hostile);
+            resources(&mut config).memory_limit_in_bytes = 64 << 20;
+            let id = node.run(&pod, &config).await;
+            assert_eq!(memory(node, &id), (64 << 20).to_string());
+            let info = node.container_info(&id).await;
+            let passed = info["runtimeSpec"]["annotations"].as_object().unwrap();
+            assert!(
+                passed
+                    .keys()
+                    .all(|name| name.starts_with("io.kubernetes.cri.")),
+                "{passed:?}"
+            );
+            assert_eq!(passed["io.kubernetes.cri.container-type"], "container");
+            assert!(info["runtimeSpec"]["linux"]["resources"]["unified"].is_null());
+        },
+    );
+}
+
+#[test]
+fn what_a_kubelet_tells_of_a_pods_size_is_kept() {
+    use gantry_cri_api::v1 as cri;
+    on_plain_node(
+        "what_a_kubelet_tells_of_a_pods_size_is_kept",
+        async |node| {
+            let pod = node.host_pod("size").await;
+            let sized = |memory_limit_in_bytes| cri::LinuxContainerResources {
+                memory_limit_in_bytes,
+                ..Default::default()
+            };
+            let update = async |node: &gantry_integration::Node, id: &str| {
+                let request = cri::UpdatePodSandboxResourcesRequest {
+                    pod_sandbox_id: id.to_owned(),
+                    overhead: Some(sized(1 << 20)),
+                    resources: Some(sized(64 << 20)),
+                };
+                node.young().update_pod_sandbox_resources(request).await
+            };
+            assert!(node.pod_info(&pod.id).await["resources"].is_null());
+            update(node, &pod.id).await.unwrap();
+            refused(update(node, "nobody").await, Code::NotFound, "nobody");
+            node.kill_and_start_again().await;
+            let info = node.pod_info(&pod.id).await;
+            assert_eq!(info["resources"]["memory_limit_in_bytes"], 64 << 20);
+            assert_eq!(info["overhead"]["memory_limit_in_bytes"], 1 << 20);
+            node.client.stop_pod(&pod.id).await.unwrap();
+            refused(
+                update(node, &pod.id).await,
+                Code::FailedPrecondition,
+                "not ready",
+            );
+        },
+    );
+}

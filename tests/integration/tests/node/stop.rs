@@ -1,5 +1,7 @@
 //! How containers end, and what is said of it.
 
+use gantry_cri_api::v1::Signal;
+use gantry_integration::young;
 use std::time::{Duration, Instant};
 
 use gantry_integration::{eventually, on_plain_node, refused, script_config, sleeper};
@@ -69,6 +71,11 @@ fn out_of_memory_is_told() {
     });
 }
 
+/// The stop signal that the status tells.
+async fn told(node: &gantry_integration::Node, id: &str) -> Signal {
+    node.status_young(id).await.stop_signal()
+}
+
 #[test]
 fn the_stop_signal_comes_first_and_sigkill_after_the_grace() {
     on_plain_node(
@@ -112,8 +119,32 @@ fn the_stop_signal_comes_first_and_sigkill_after_the_grace() {
                 )
                 .await;
             node.has_written(&pod, "custom", "set").await;
+            assert_eq!(told(node, &id).await, Signal::Sigusr1);
             node.client.stop(&id, 30).await.unwrap();
             assert_eq!(node.status(&id).await.exit_code, 5);
+            // A word that is no signal would make it immortal: it is passed over, and said.
+            let junk = ImageBuilder::new()
+                .tar(busybox.layers[0].data.clone(), Compression::Plain)
+                .config("StopSignal", json!("SIGNONSENSE"))
+                .build();
+            let junk = node.pull("junk", &junk).await;
+            let trap = trapping("junk", &junk, "trap 'exit 6' TERM");
+            let id = node.run(&pod, &trap).await;
+            node.has_written(&pod, "junk", "set").await;
+            assert_eq!(told(node, &id).await, Signal::Sigterm);
+            node.client.stop(&id, 30).await.unwrap();
+            assert_eq!(node.status(&id).await.exit_code, 6);
+            assert!(node.daemon.log().contains("SIGNONSENSE"));
+            // The request's word goes over the image's; a real-time signal by number.
+            let mut config: gantry_cri_api::v1::ContainerConfig =
+                young::same(&trapping("own", &custom, "trap 'exit 7' 37; trap '' USR1"));
+            config.stop_signal = Signal::Sigrtminplus3.into();
+            let id = node.create_young(&pod, &config).await.unwrap();
+            node.client.start(&id).await.unwrap();
+            node.has_written(&pod, "own", "set").await;
+            assert_eq!(told(node, &id).await, Signal::Sigrtminplus3);
+            node.client.stop(&id, 30).await.unwrap();
+            assert_eq!(node.status(&id).await.exit_code, 7);
         },
     );
 }
