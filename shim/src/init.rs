@@ -71,7 +71,7 @@ fn start_and_wait(command: &[OsString]) -> std::io::Result<u8> {
                 return Ok(u8::try_from(ended.code & 0xff).unwrap_or(u8::MAX));
             }
         }
-        let received = signals.next()?;
+        let received = signals.wait()?;
         // What the terminal's keys and size send, the whole group gets from the kernel.
         if received.signal != SIGCHLD && !received.from_kernel {
             // It may have ended a moment ago; the next look tells.

@@ -66,7 +66,7 @@ impl AllSignals {
     }
 
     /// Waits for the next.
-    pub fn next(&mut self) -> io::Result<Received> {
+    pub fn wait(&mut self) -> io::Result<Received> {
         loop {
             if let Some(info) = self.0.read_signal()? {
                 return Ok(Received {
