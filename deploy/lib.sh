@@ -210,7 +210,8 @@ go_tool() {
     go=$(find_go || install_go) || return 1
     say "building $name" >&2
     mkdir -p "$tools"
-    if ! (cd "$module" && "$go" "$command" -mod=readonly -o "$tools/$name" "$@") >&2; then
+    if ! (cd "$module" && "$go" "$command" -mod=readonly -o "$tools/$name" "$@") >"$tools/$name.log" 2>&1; then
+        tail -n 20 "$tools/$name.log" >&2
         say "$name could not be built" >&2
         return 1
     fi
