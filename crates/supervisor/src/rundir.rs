@@ -4,7 +4,7 @@
 //! <state>/pods/<pod id>/            config status        sealed PodConfig, PodStatus
 //!                       shim.sock shim.log ns/           the shim's
 //!                       shm/                             tmpfs shared by the pod
-//!                       hostname hosts resolv.conf
+//!                       etc/                             a small tmpfs: hostname hosts resolv.conf
 //! <state>/containers/<container id>/ config status       sealed ContainerConfig, ContainerStatus
 //!                       config.json                      the OCI bundle
 //!                       rootfs/                          mount point
@@ -66,6 +66,11 @@ impl RunDirs {
 
     pub fn shm(&self, id: &PodId) -> PathBuf {
         self.pod(id).join("shm")
+    }
+
+    /// Where hostname, hosts and resolv.conf are.
+    pub fn etc(&self, id: &PodId) -> PathBuf {
+        self.pod(id).join("etc")
     }
 
     pub fn rootfs(&self, id: &ContainerId) -> PathBuf {

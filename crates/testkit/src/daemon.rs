@@ -97,7 +97,8 @@ pub fn unable() -> Option<String> {
     None
 }
 
-fn in_path(name: &str) -> Option<PathBuf> {
+/// The program `name` in PATH.
+pub fn in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .map(|dir| dir.join(name))

@@ -82,10 +82,8 @@ impl Sources<'_> {
         let cdi = super::cdi::find(&ctx.settings.cdi_dirs, config)?;
         let mut devices = devices::asked(config, ctx.settings.device_ownership)?;
         devices.extend(super::cdi::devices(&cdi)?);
-        let pod_dir = ctx.records.dirs.pod(&self.pod.id);
+        let etc = ctx.records.dirs.etc(&self.pod.id);
         let asked = Asked::of(&self.pod.config);
-        let hostname = fs::read_to_string(pod_dir.join("hostname"))
-            .map_err(|error| Error::io("read pod file", &pod_dir.join("hostname"), &error))?;
         let handler = ctx.settings.handler(&self.pod.record.runtime_handler);
         let bounding = bounding_capabilities()?;
         let image = &self.image.config;
@@ -106,11 +104,11 @@ impl Sources<'_> {
                 node: ctx.settings.cgroup_node,
             },
             namespaces: self.namespaces(asked)?,
-            hostname: hostname.trim_end().to_owned(),
+            hostname: crate::pod::hostname(&self.pod.config),
             files: PodFiles {
-                hosts: Some(pod_dir.join("hosts")),
-                hostname: Some(pod_dir.join("hostname")),
-                resolv_conf: Some(pod_dir.join("resolv.conf")),
+                hosts: Some(etc.join("hosts")),
+                hostname: Some(etc.join("hostname")),
+                resolv_conf: Some(etc.join("resolv.conf")),
                 shm: Some(if asked.host_ipc {
                     PathBuf::from("/dev/shm")
                 } else {

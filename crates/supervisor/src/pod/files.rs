@@ -14,7 +14,7 @@ use crate::rundir::write_file;
 /// Host files are copied into pods: more than this is no resolv.conf.
 const MAX_HOST_FILE: u64 = 1 << 20;
 
-/// Writes the pod's files into its run directory.
+/// Writes the pod's files into `dir`.
 pub(super) fn write(
     dir: &Path,
     config: &cri::PodSandboxConfig,

@@ -33,7 +33,7 @@ use crate::shim::Shim;
 use crate::{Context, Error};
 
 pub(crate) use requests::{Awaited, Reply, Request};
-pub(crate) use run::{Asked, check, host_network, selinux_options};
+pub(crate) use run::{Asked, check, host_network, hostname, selinux_options};
 pub(crate) use teardown::{
     delete_from_runtime, end_shim, kill, kill_cgroup, release_network, sweep,
 };

@@ -24,6 +24,10 @@ use crate::{Context, Error, cgroup, failpoint};
 /// tmpfs shared by the pod's containers as /dev/shm.
 const SHM_BYTES: &str = "67108864";
 
+/// tmpfs that holds what becomes /etc/hostname, /etc/hosts and /etc/resolv.conf. Containers may
+/// write there: on the node's own tmpfs they could fill it for all (CVE-2020-8557).
+const FILES_BYTES: u64 = 4 << 20;
+
 /// Applied in a pod's own network namespace unless the pod says otherwise, as containerd does:
 /// a container without capabilities may bind low ports and send pings.
 const UNPRIVILEGED_PORTS: &str = "net/ipv4/ip_unprivileged_port_start";
@@ -248,16 +252,9 @@ async fn steps(
     });
     blocking({
         let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
-        let hostname = bootstrap_hostname(&bootstrap);
         move || {
             ctx.records.begin_pod(&facts.id, &facts.record)?;
-            let user = Asked::of(&facts.config).user;
-            files::write(
-                &ctx.records.dirs.pod(&facts.id),
-                &facts.config,
-                &hostname,
-                user,
-            )?;
+            make_files(&ctx, &facts)?;
             make_shm(&ctx, &facts)?;
             failpoint::at("pod::after-intent")
         }
@@ -359,16 +356,13 @@ async fn attach(ctx: &Context, facts: &PodFacts) -> Result<Option<Attached>, Err
     attached.map(Some).map_err(Error::step("set up network"))
 }
 
-fn bootstrap_hostname(bootstrap: &v1::Bootstrap) -> String {
-    let own = bootstrap
-        .holder
-        .as_ref()
-        .map(|holder| holder.hostname.clone())
-        .unwrap_or_default();
-    if own.is_empty() { node_name() } else { own }
-}
-
-fn node_name() -> String {
+/// The name that containers of the pod see. Never read back from the pod's file, which they may
+/// write.
+pub(crate) fn hostname(config: &cri::PodSandboxConfig) -> String {
+    // The host's network comes with the host's name: both belong to the node.
+    if !host_network(config) && !config.hostname.is_empty() {
+        return config.hostname.clone();
+    }
     nix::unistd::gethostname()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_else(|_| "localhost".to_owned())
@@ -550,27 +544,35 @@ pub(crate) fn selinux_options(config: &cri::PodSandboxConfig) -> Option<&cri::Se
     security.selinux_options.as_ref()
 }
 
+fn make_files(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
+    let path = ctx.records.dirs.etc(&facts.id);
+    let options = format!("mode=755,size={FILES_BYTES},nr_inodes=16");
+    mount_tmpfs(ctx, facts, &path, &options)?;
+    let user = Asked::of(&facts.config).user;
+    files::write(&path, &facts.config, &hostname(&facts.config), user)
+}
+
 fn make_shm(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
-    use nix::mount::{MsFlags, mount};
     if Asked::of(&facts.config).host_ipc {
         return Ok(());
     }
     let path = ctx.records.dirs.shm(&facts.id);
-    crate::rundir::make_dir(&path).map_err(|error| Error::io("make /dev/shm", &path, &error))?;
+    mount_tmpfs(ctx, facts, &path, &format!("mode=1777,size={SHM_BYTES}"))
+}
+
+/// Makes a directory with a tmpfs on it that belongs to the pod's root.
+fn mount_tmpfs(ctx: &Context, facts: &PodFacts, path: &Path, options: &str) -> Result<(), Error> {
+    use nix::mount::{MsFlags, mount};
+    crate::rundir::make_dir(path).map_err(|error| Error::io("make directory", path, &error))?;
     let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    let mut options = format!("mode=1777,size={SHM_BYTES}");
+    let mut options = options.to_owned();
     if let Some(user) = Asked::of(&facts.config).user {
         options.push_str(&format!(",uid={},gid={}", user.host_uid, user.host_gid));
     }
     if let Some(labels) = selinux_labels(ctx, facts)? {
         options.push_str(&format!(",context=\"{}\"", labels.mount));
     }
-    mount(
-        Some("shm"),
-        &path,
-        Some("tmpfs"),
-        flags,
-        Some(options.as_str()),
-    )
-    .map_err(|error| Error::io("mount /dev/shm", &path, &error.into()))
+    let name = path.file_name();
+    mount(name, path, Some("tmpfs"), flags, Some(options.as_str()))
+        .map_err(|error| Error::io("mount tmpfs", path, &error.into()))
 }

@@ -159,6 +159,7 @@ pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
         note(unpin(Path::new(&facts.record.netns_path)));
     }
     note(unmount(&dirs.shm(&facts.id)));
+    note(unmount(&dirs.etc(&facts.id)));
     let cgroups = facts.record.cgroup_dirs.iter();
     for dir in cgroups.chain(&facts.record.shim_cgroup_dirs) {
         note(remove_cgroup(Path::new(dir)));

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use gantry_integration::{
-    Node, Pod, busybox_image, on_plain_node, refused, script_config, sleeper,
+    Node, Pod, busybox_image, on_node, on_plain_node, refused, script_config, sleeper,
 };
 use gantry_testkit::cri::v1::{
     ContainerConfig, Int64Value, KeyValue, NamespaceMode, SupplementalGroupsPolicy,
 };
 use gantry_testkit::cri::{pod_namespaces, security};
+use gantry_testkit::daemon::Options;
 use gantry_testkit::image::{Compression, Image, ImageBuilder, Layer};
 use serde_json::json;
 use tonic::Code;
@@ -367,4 +368,84 @@ fn cve_2022_4318_and_cve_2026_15809_no_variable_becomes_an_account() {
             assert!(seen.iter().all(|passwd| *passwd == seen[0]));
         },
     );
+}
+
+/// What a container writes into the files that we lend it must not fill the node's tmpfs.
+#[test]
+fn cve_2020_8557_the_files_of_a_pod_are_bounded() {
+    on_plain_node(
+        "cve_2020_8557_the_files_of_a_pod_are_bounded",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.host_pod("filling").await;
+            let id = node.run(&pod, &sleeper("c", &image)).await;
+            for file in ["hostname", "resolv.conf"] {
+                let fill = format!("head -c 64000000 /dev/zero >>/etc/{file} || echo full");
+                assert_eq!(node.sh(&id, &fill).await, "full", "{file}");
+            }
+            // A container that comes later is not hurt by it.
+            let later = node.run(&pod, &sleeper("later", &image)).await;
+            assert!(node.is_running(&later).await);
+        },
+    );
+}
+
+/// Descriptors of the runtime itself are within reach of a program that is called by them.
+#[test]
+fn cve_2019_5736_the_runtime_is_not_overwritten_by_its_own_exec() {
+    // A copy: nobody's runtime is to be risked.
+    let dir = tempfile::tempdir().unwrap();
+    let runc = dir.path().join("runc");
+    if let Some(installed) = gantry_testkit::daemon::in_path("runc") {
+        std::fs::copy(installed, &runc).unwrap();
+    }
+    let config = format!("[runtime.handlers.copy]\nbinary = {runc:?}\n");
+    on_node(
+        "cve_2019_5736_the_runtime_is_not_overwritten_by_its_own_exec",
+        Options::default().config(&config),
+        async |node| {
+            let image = node.busybox().await;
+            let config = node.pod_config("itself");
+            let id = node.client.run_pod_by(&config, "copy").await.unwrap();
+            let pod = Pod { id, config };
+            let id = node.run(&pod, &sleeper("c", &image)).await;
+            let before = std::fs::read(&runc).unwrap();
+            // The interpreter of /evil is whoever executes it: the runtime.
+            node.sh(&id, "printf '#!/proc/self/exe\\n' >/evil; chmod 755 /evil")
+                .await;
+            // Meanwhile somebody inside writes to whatever runs there.
+            let writer =
+                "while :; do for p in /proc/[0-9]*; do (echo overwritten >$p/exe); done; done";
+            node.sh(&id, &format!("({writer}) >/dev/null 2>&1 &")).await;
+            for _ in 0..20 {
+                // Refused, or the runtime runs and knows no such command: its business.
+                let _ = node.client.exec(&id, &["/evil"], 10).await;
+            }
+            assert!(
+                std::fs::read(&runc).unwrap() == before,
+                "{} was changed",
+                runc.display()
+            );
+            assert!(node.is_running(&id).await);
+        },
+    );
+}
+
+/// No socket of ours has an abstract name, which every process of the network namespace reaches.
+#[test]
+fn cve_2020_15257_no_socket_is_abstract() {
+    on_plain_node("cve_2020_15257_no_socket_is_abstract", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("sockets").await;
+        let mut config = sleeper("c", &image);
+        security(&mut config).run_as_user = Some(Int64Value { value: 1000 });
+        let id = node.run(&pod, &config).await;
+        let seen = node.sh(&id, "cat /proc/net/unix").await;
+        assert!(
+            seen.contains("shim.sock"),
+            "the shim's socket is there: {seen}"
+        );
+        let ours: Vec<_> = seen.lines().filter(|line| line.contains(" @")).collect();
+        assert!(ours.is_empty(), "{ours:?}");
+    });
 }
