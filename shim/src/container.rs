@@ -19,6 +19,7 @@ use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::Ended;
 use gantry_types::ProcessRef;
 
+use crate::attach::Attachment;
 use crate::call::Asker;
 use crate::console::Console;
 use crate::log::{Kind, LogFile};
@@ -82,6 +83,7 @@ pub struct Container {
     pub stderr: Option<Stream>,
     /// Held so that a container that reads its standard input waits instead of seeing the end.
     pub stdin: Option<OwnedFd>,
+    pub attachments: Vec<Attachment>,
     pub oom: Oom,
     pub oom_told: bool,
     pub ended: Option<Death>,
@@ -106,6 +108,7 @@ impl Container {
             stdout: None,
             stderr: None,
             stdin: None,
+            attachments: Vec::new(),
             oom: Oom::default(),
             oom_told: false,
             ended: None,
@@ -148,8 +151,15 @@ impl Container {
             return Pumped::End;
         };
         let pumped = stream.pump(log.as_mut(), buffers);
-        if pumped == Pumped::End {
-            self.close_stream(kind, buffers);
+        match pumped {
+            // After the log, which nobody holds up.
+            Pumped::Some(len) => {
+                let bytes = &buffers.input[..len];
+                self.attachments
+                    .retain_mut(|client| client.show(kind, bytes));
+            }
+            Pumped::Empty => {}
+            Pumped::End => self.close_stream(kind, buffers),
         }
         pumped
     }
@@ -164,7 +174,7 @@ impl Container {
     pub fn drain(&mut self, buffers: &mut Buffers) -> bool {
         for kind in [Kind::Stdout, Kind::Stderr] {
             for _ in 0..LAST_READS {
-                if self.pump(kind, buffers) != Pumped::Some {
+                if !matches!(self.pump(kind, buffers), Pumped::Some(_)) {
                     break;
                 }
             }
@@ -177,6 +187,24 @@ impl Container {
         self.close_stream(Kind::Stdout, buffers);
         self.close_stream(Kind::Stderr, buffers);
         self.stdin = None;
+        self.attachments = Vec::new();
+    }
+
+    /// A descriptor that writes to the container's input, if it was started with one. With
+    /// `stdin_once` the first who asks gets the only one, so that the input ends when it is closed,
+    /// whoever closes it and why; a terminal's input has no end of its own.
+    pub fn input(&mut self) -> std::io::Result<Option<OwnedFd>> {
+        if !self.start.stdin {
+            return Ok(None);
+        }
+        if self.start.tty {
+            let terminal = self.stdout.as_ref().map(|stream| stream.fd.try_clone());
+            return terminal.transpose();
+        }
+        if self.start.stdin_once {
+            return Ok(self.stdin.take());
+        }
+        self.stdin.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
     pub fn exec_ended(&mut self, index: usize) -> Exec {

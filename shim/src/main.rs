@@ -16,6 +16,7 @@ use gantry_runtime::Runtime;
 use gantry_shim_api::{read_frame, v1, write_frame};
 use gantry_sys::{process, signal};
 
+mod attach;
 mod call;
 mod cgroup;
 mod clock;

@@ -41,8 +41,8 @@ impl Buffers {
 /// What a turn with a stream gave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pumped {
-    /// There may be more.
-    Some,
+    /// So many bytes, in `Buffers::input`; there may be more.
+    Some(usize),
     /// Nothing waits now.
     Empty,
     /// Nothing will come any more.
@@ -84,7 +84,7 @@ impl Stream {
             Writer::new(log, &mut buffers.records, stamp, self.kind)
                 .lines(&mut self.partial, &buffers.input[..len]);
         }
-        Pumped::Some
+        Pumped::Some(len)
     }
 
     /// Writes an unterminated last line.

@@ -100,6 +100,7 @@ impl Shim {
             Ask::Signal(signal) => self.signal(&signal).map(|()| Some(done())),
             Ask::Delete(delete) => self.delete(asker, &delete),
             Ask::Exec(exec) => self.exec(asker, exec, fds).map(|()| None),
+            Ask::Attach(attach) => self.attach(asker, &attach, fds).map(|()| None),
             Ask::Update(update) => self.update(asker, &update).map(|()| None),
             Ask::ReopenLog(reopen) => self.reopen_log(&reopen).map(|()| Some(done())),
             Ask::KillExec(kill) => self.kill_exec(&kill).map(|()| Some(done())),
@@ -117,7 +118,7 @@ impl Shim {
     }
 
     /// A container whose first process runs.
-    fn find_running(&mut self, id: &str) -> Result<&mut Container, Error> {
+    pub fn find_running(&mut self, id: &str) -> Result<&mut Container, Error> {
         let container = self.find(id)?;
         match container.phase {
             Phase::Running => Ok(container),
@@ -635,6 +636,12 @@ impl Shim {
             Ok(adopted) => adopted,
             Err(e) => return self.refuse(asker, &e),
         };
+        if !self.containers.contains_key(&number) {
+            // Nobody would ever tell the daemon of its end.
+            tree::kill(process, None);
+            let message = "the container was removed meanwhile".to_owned();
+            return self.refuse(asker, &Error::FailedPrecondition(message));
+        }
         self.answer_with(
             asker,
             Body::Started(process.into()),

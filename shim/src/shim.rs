@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -41,6 +41,9 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 
 const SIGKILL: i32 = 9;
 
+/// Exit code of what died of SIGKILL.
+const KILLED: i32 = 128 + SIGKILL;
+
 /// What an epoll token means: the kind in the upper half, a number in the lower.
 mod token {
     pub const LISTENER: u64 = 0;
@@ -49,6 +52,7 @@ mod token {
     pub const STDOUT: u64 = 3 << 32;
     pub const STDERR: u64 = 4 << 32;
     pub const OOM: u64 = 5 << 32;
+    pub const ATTACH: u64 = 6 << 32;
     pub const KIND: u64 = !0 << 32;
 }
 
@@ -251,6 +255,7 @@ impl Shim {
             token::STDOUT => self.output(number, Kind::Stdout),
             token::STDERR => self.output(number, Kind::Stderr),
             token::OOM => self.oom_event(number),
+            token::ATTACH => self.detach(number),
             _ => {}
         }
     }
@@ -413,6 +418,13 @@ impl Shim {
                 .add(&stream.fd, kind | u64::from(number), EventFlags::IN)?;
         }
         Ok(())
+    }
+
+    /// Notices when the daemon lets go of an attachment, of which it is told once: the same pipe
+    /// may be open elsewhere after we have closed it, and must not wake us for ever.
+    pub fn watch_attachment(&self, number: u32, pipe: impl AsFd) -> io::Result<()> {
+        let token = token::ATTACH | u64::from(number);
+        self.epoll.add(pipe, token, EventFlags::ONESHOT)
     }
 
     pub fn watch_oom(&mut self, number: u32) {
@@ -680,6 +692,15 @@ impl Shim {
             return;
         }
         if let Some(container) = self.containers.remove(&number) {
+            // Killed along with the container, and not reaped yet: nobody would find whose they are.
+            for exec in &container.execs {
+                let exited = v1::ExecExited {
+                    container_id: container.id().to_owned(),
+                    exec_id: exec.id.clone(),
+                    code: KILLED,
+                };
+                self.event(v1::event::Body::ExecExited(exited));
+            }
             for asker in container.delete_askers {
                 self.answer(asker, Body::Done(v1::Done {}));
             }
@@ -708,7 +729,6 @@ impl Shim {
         if let Some(conn) = self.conns.get_mut(&asker.conn)
             && conn.wants_write()
         {
-            use std::os::fd::AsFd;
             let fd = conn.stream.as_fd();
             let _ = gantry_sys::io::writable_within(fd, IDLE);
             let _ = conn.flush();

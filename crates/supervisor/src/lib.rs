@@ -8,6 +8,7 @@ mod clock;
 mod container;
 mod error;
 mod failpoint;
+mod forward;
 pub mod host;
 mod pod;
 mod records;
@@ -31,12 +32,13 @@ use gantry_store::{Store, record};
 use gantry_types::{Digest, PodId, PodState};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
 pub use clock::now_ns;
-pub use container::ExecOutput;
+pub use container::{Attachment, Exec, ExecIo, ExecOutput, TerminalSize};
 pub use error::Error;
+pub use forward::Forward;
 pub use host::Host;
 pub use recover::Summary;
 pub use settings::{Handler, HandlerFeatures, Settings, Timeouts};
@@ -45,6 +47,7 @@ use pod::{Awaited, Driver, MAILBOX, Msg, Reply, Request, host_network, reply};
 use records::Records;
 use registry::{ContainerView, PodFacts, PodName, PodView, Registry, Reserved};
 use rundir::RunDirs;
+use shim::Shim;
 
 /// What every driver works with.
 pub(crate) struct Context {
@@ -58,6 +61,17 @@ pub(crate) struct Context {
     pub registry: Registry,
     /// Recovery met records that it could not read.
     pub unreadable: AtomicBool,
+    /// One permit for each connection into a pod.
+    pub forwards: Arc<Semaphore>,
+}
+
+/// Which streams of a process a client wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stdio {
+    pub stdin: bool,
+    pub stdout: bool,
+    /// With a terminal everything comes as stdout.
+    pub stderr: bool,
 }
 
 impl Context {
@@ -139,6 +153,7 @@ impl Supervisor {
             scopes,
             registry,
             unreadable,
+            forwards: Arc::new(Semaphore::new(forward::MAX_FORWARDS)),
         };
         Ok(Self { ctx: Arc::new(ctx) })
     }
@@ -515,12 +530,58 @@ impl Supervisor {
                 reason: "is empty".to_owned(),
             });
         }
+        let (shim, view) = self.running(id).await?;
+        container::exec_sync(&self.ctx, shim, view, command, limit).await
+    }
+
+    /// A container that runs.
+    pub async fn running_container(&self, id: &str) -> Result<Arc<ContainerView>, Error> {
+        self.running(id).await.map(|(_, view)| view)
+    }
+
+    async fn running(&self, id: &str) -> Result<(Arc<Shim>, Arc<ContainerView>), Error> {
         let (pod, container) = self.ctx.registry.container(id)?;
         let id = container.facts.id.clone();
-        let (shim, view) = self
-            .ask_of(&pod, |reply| Request::Running { id, reply })
-            .await?;
-        container::exec_sync(&self.ctx, shim, view, command, limit).await
+        self.ask_of(&pod, |reply| Request::Running { id, reply })
+            .await
+    }
+
+    /// Starts a command in a container, with a terminal if a size is given for it; whoever asks
+    /// gets our ends of its streams. Bytes pass neither shim nor supervisor.
+    pub async fn exec(
+        &self,
+        id: &str,
+        command: Vec<String>,
+        stdio: Stdio,
+        terminal: Option<TerminalSize>,
+    ) -> Result<(ExecIo, Exec), Error> {
+        let (shim, view) = self.running(id).await?;
+        container::exec(&self.ctx, shim, view, command, stdio, terminal).await
+    }
+
+    /// Connects to a container's own streams, from now on.
+    pub async fn attach(&self, id: &str, stdio: Stdio) -> Result<Attachment, Error> {
+        let (shim, view) = self.running(id).await?;
+        container::attach(&self.ctx, shim, view, stdio).await
+    }
+
+    /// A ready pod.
+    pub fn ready_pod(&self, id: &str) -> Result<Arc<PodView>, Error> {
+        let pod = self.ctx.registry.pod(id)?;
+        if pod.state.is_ready() {
+            return Ok(pod);
+        }
+        Err(Error::State {
+            what: "pod sandbox",
+            id: pod.facts.id.to_string(),
+            reason: "is not ready".to_owned(),
+        })
+    }
+
+    /// Connects to a port on the loopback of a pod's network.
+    pub async fn port_forward(&self, id: &str, port: u16) -> Result<Forward, Error> {
+        let pod = self.ready_pod(id)?;
+        forward::connect(&self.ctx, &pod, port).await
     }
 
     async fn ask_of<T>(

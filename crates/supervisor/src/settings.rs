@@ -84,6 +84,8 @@ pub struct Timeouts {
     pub kill: Duration,
     /// After an ExecSync's process ended: how long its output may stay open.
     pub exec_drain: Duration,
+    /// After the client of an Exec has gone: how long the command may take to end by itself.
+    pub exec_grace: Duration,
     /// Recovery of one pod.
     pub recovery: Duration,
 }
@@ -96,6 +98,7 @@ impl Default for Timeouts {
             runtime: Duration::from_secs(60),
             kill: Duration::from_secs(10),
             exec_drain: Duration::from_secs(2),
+            exec_grace: Duration::from_secs(5),
             recovery: Duration::from_secs(10),
         }
     }

@@ -30,7 +30,14 @@ pub const PROTOCOL: u32 = 1;
 /// Missed answers in a row after which a shim counts as hung and is killed.
 const MISSES_UNTIL_HUNG: u32 = 3;
 
-type Reply = Result<message::Body, Error>;
+type Reply = Result<Answer, Error>;
+
+/// What a shim answered, and the descriptors that came along.
+#[derive(Debug)]
+pub struct Answer {
+    pub body: message::Body,
+    pub fds: Vec<OwnedFd>,
+}
 
 struct Outgoing {
     frame: Vec<u8>,
@@ -206,11 +213,12 @@ impl Shim {
     }
 
     /// Sends a request and waits for its answer.
-    pub async fn call(&self, body: request::Body, limit: Duration) -> Reply {
-        self.call_with_fds(body, Vec::new(), limit).await
+    pub async fn call(&self, body: request::Body, limit: Duration) -> Result<message::Body, Error> {
+        let answer = self.call_with_fds(body, Vec::new(), limit).await?;
+        Ok(answer.body)
     }
 
-    /// As `call`; `fds` travel with the frame.
+    /// As `call`; `fds` travel with the frame, and the answer may bring some.
     pub async fn call_with_fds(
         &self,
         body: request::Body,
@@ -264,18 +272,31 @@ impl Shim {
         }
     }
 
-    /// A request whose answer is a process.
+    /// A request whose answer is a process, and its terminal if it was to have one.
     pub async fn started(
         &self,
         body: request::Body,
         fds: Vec<OwnedFd>,
         limit: Duration,
-    ) -> Result<ProcessRef, Error> {
-        match self.call_with_fds(body, fds, limit).await? {
-            message::Body::Started(process) => Ok(ProcessRef {
-                pid: process.pid,
-                start_time: process.start_time,
-            }),
+    ) -> Result<(ProcessRef, Option<OwnedFd>), Error> {
+        let Answer { body, fds } = self.call_with_fds(body, fds, limit).await?;
+        match body {
+            message::Body::Started(process) => Ok((process.into(), fds.into_iter().next())),
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    /// Attaches to a container; the answer is what writes to its input, if it has one to give.
+    pub async fn attach(
+        &self,
+        attach: v1::Attach,
+        pipes: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Option<OwnedFd>, Error> {
+        let request = request::Body::Attach(attach);
+        let Answer { body, fds } = self.call_with_fds(request, pipes, limit).await?;
+        match body {
+            message::Body::Attached(_) => Ok(fds.into_iter().next()),
             other => Err(unexpected(&self.pod, &other)),
         }
     }
@@ -359,14 +380,34 @@ async fn write_frame(write: &OwnedWriteHalf, frame: &[u8], fds: &[OwnedFd]) -> i
     Ok(())
 }
 
-async fn read_frames(mut read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mpsc::Sender<Msg>) {
+/// Receives what is there, with the descriptors that came along. `Ok(0)` is the end.
+async fn receive(
+    read: &OwnedReadHalf,
+    buffer: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let stream: &UnixStream = read.as_ref();
+    loop {
+        stream.readable().await?;
+        let received = stream.try_io(Interest::READABLE, || {
+            gantry_sys::socket::recv_with_fds(stream, buffer, fds)
+        });
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
+    }
+}
+
+async fn read_frames(read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mpsc::Sender<Msg>) {
     let mut decoder = Decoder::default();
     let mut buffer = [0; 4096];
     let why = 'connection: loop {
-        match read.read(&mut buffer).await {
+        let mut fds = Vec::new();
+        match receive(&read, &mut buffer, &mut fds).await {
             Ok(0) => break "closed".to_owned(),
             Ok(n) => {
-                if let Err(error) = decoder.feed(&buffer[..n], Vec::new()) {
+                if let Err(error) = decoder.feed(&buffer[..n], fds) {
                     break error.to_string();
                 }
             }
@@ -378,7 +419,11 @@ async fn read_frames(mut read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mp
                 Ok(Some(frame)) => {
                     // A newer shim may send what this daemon does not know.
                     if let Some(body) = frame.message.body {
-                        deliver(&waiting, &mailbox, frame.message.id, body).await;
+                        let answer = Answer {
+                            body,
+                            fds: frame.fds,
+                        };
+                        deliver(&waiting, &mailbox, frame.message.id, answer).await;
                     }
                 }
                 Err(error) => break 'connection error.to_string(),
@@ -392,7 +437,8 @@ async fn read_frames(mut read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mp
     let _ = mailbox.send(Msg::Disconnected).await;
 }
 
-async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, body: message::Body) {
+async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, answer: Answer) {
+    let Answer { body, fds } = answer;
     match body {
         message::Body::Event(v1::Event { body: Some(event) }) => {
             if let v1::event::Body::ExecExited(exited) = &event {
@@ -408,7 +454,7 @@ async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, body: 
             let waiter = lock(&waiting.replies).remove(&id);
             let reply = match body {
                 message::Body::Error(error) => Err(refused(&error)),
-                body => Ok(body),
+                body => Ok(Answer { body, fds }),
             };
             if let Some(waiter) = waiter {
                 let _ = waiter.send(reply);

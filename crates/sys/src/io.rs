@@ -45,6 +45,12 @@ pub fn pipe(nonblocking_reader: bool) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reader, writer))
 }
 
+/// Lets a pipe hold so many bytes, rounded up (F_SETPIPE_SZ, fcntl(2)); returns what it holds now.
+/// `PermissionDenied`: more than the system allows.
+pub fn set_pipe_size(pipe: impl AsFd, bytes: usize) -> io::Result<usize> {
+    Ok(rustix::pipe::fcntl_setpipe_size(pipe, bytes)?)
+}
+
 /// Reads what is there: `Ok(0)` is the end, `WouldBlock` says that nothing waits.
 pub fn read(fd: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     loop {

@@ -159,6 +159,38 @@ fn what_an_ended_exec_left_behind_can_still_be_killed() {
 }
 
 #[test]
+fn an_exec_ends_with_its_container_and_is_told() {
+    if skip("an_exec_ends_with_its_container_and_is_told") {
+        return;
+    }
+    for own_pid_namespace in [true, false] {
+        let mut pod = pod(Path::new(RUNC));
+        let mut bundle = pod.bundle("c1", "sleep 600");
+        if !own_pid_namespace {
+            let namespaces = bundle.config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != "pid");
+            bundle.start.kill_cgroup_on_exit = true;
+            let cgroup = memory_mount().join(&pod.name).join("c1");
+            bundle.start.cgroup_dir = cgroup.to_str().unwrap().into();
+        }
+        pod.start(&bundle).unwrap();
+        for n in 0..5 {
+            pod.exec("c1", &format!("e{n}"), "sleep 601").unwrap();
+        }
+        pod.delete("c1");
+        let mut ended = std::collections::BTreeMap::new();
+        while ended.len() < 5 {
+            if let v1::event::Body::ExecExited(exited) = pod.daemon.event() {
+                ended.insert(exited.exec_id, exited.code);
+            }
+        }
+        assert!(ended.values().all(|code| *code == 137), "{ended:?}");
+        pod.shutdown();
+        assert_eq!(pod.leftovers(), Vec::<String>::new());
+    }
+}
+
+#[test]
 fn an_execs_terminal_goes_to_the_daemon() {
     if skip("an_execs_terminal_goes_to_the_daemon") {
         return;

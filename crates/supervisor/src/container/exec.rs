@@ -20,6 +20,13 @@ use crate::{Context, Error};
 /// (CVE-2022-31030).
 const STREAM_LIMIT: usize = 16 << 20;
 
+/// Size of a terminal in characters; zero by zero is none that is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TerminalSize {
+    pub width: u16,
+    pub height: u16,
+}
+
 /// What a command left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecOutput {
@@ -40,22 +47,14 @@ pub(crate) async fn exec_sync(
 ) -> Result<ExecOutput, Error> {
     const STEP: &str = "exec";
     let bundle = ctx.records.dirs.container(&view.facts.id);
-    let process = blocking(move || process_json(&bundle, command)).await?;
+    let process = blocking(move || process_json(&bundle, command, None)).await?;
     let pipe_error = |error: std::io::Error| Error::internal(STEP, error);
     let null = std::fs::File::open("/dev/null").map_err(pipe_error)?;
     let (stdout, stdout_end) = output_pipe().map_err(pipe_error)?;
     let (stderr, stderr_end) = output_pipe().map_err(pipe_error)?;
 
-    let exec_id = gantry_types::ContainerId::from_random(crate::random())
-        .short()
-        .to_owned();
-    let mut guard = ExecGuard {
-        shim: Arc::clone(&shim),
-        container: view.facts.id.to_string(),
-        exec_id: exec_id.clone(),
-        limit: ctx.settings.timeouts.shim_call,
-        armed: true,
-    };
+    let exec_id = exec_id();
+    let mut guard = ExecGuard::new(ctx, &shim, &view, &exec_id);
     let exit = shim.exec_exit(&exec_id);
     let body = v1::Exec {
         container_id: view.facts.id.to_string(),
@@ -107,13 +106,47 @@ pub(crate) async fn exec_sync(
     })
 }
 
+/// A name for an exec that no other has.
+pub(super) fn exec_id() -> String {
+    gantry_types::ContainerId::from_random(crate::random())
+        .short()
+        .to_owned()
+}
+
 /// Kills the command's tree unless it has ended: on a deadline, and when the caller goes away.
-struct ExecGuard {
+pub(super) struct ExecGuard {
     shim: Arc<Shim>,
     container: String,
     exec_id: String,
     limit: Duration,
-    armed: bool,
+    pub(super) armed: bool,
+}
+
+impl ExecGuard {
+    pub(super) fn new(
+        ctx: &Context,
+        shim: &Arc<Shim>,
+        view: &ContainerView,
+        exec_id: &str,
+    ) -> Self {
+        Self {
+            shim: Arc::clone(shim),
+            container: view.facts.id.to_string(),
+            exec_id: exec_id.to_owned(),
+            limit: ctx.settings.timeouts.shim_call,
+            armed: true,
+        }
+    }
+
+    /// Kills the command's whole tree.
+    pub(super) async fn kill(&self) -> Result<(), Error> {
+        let body = v1::KillExec {
+            container_id: self.container.clone(),
+            exec_id: self.exec_id.clone(),
+        };
+        let body = request::Body::KillExec(body);
+        self.shim.done(body, self.limit).await
+    }
 }
 
 impl Drop for ExecGuard {
@@ -164,20 +197,34 @@ async fn collect(mut pipe: pipe::Receiver, mut stopped: watch::Receiver<bool>) -
     kept
 }
 
-/// The OCI process object: the container's own with another command.
-fn process_json(bundle: &std::path::Path, command: Vec<String>) -> Result<Vec<u8>, Error> {
+/// The OCI process object: the container's own with another command, and with a terminal of the
+/// size given if it is to have one.
+pub(super) fn process_json(
+    bundle: &std::path::Path,
+    command: Vec<String>,
+    terminal: Option<TerminalSize>,
+) -> Result<Vec<u8>, Error> {
     const STEP: &str = "exec";
     let path = bundle.join("config.json");
     let bytes = std::fs::read(&path).map_err(|error| Error::io(STEP, &path, &error))?;
     let spec: oci_spec::runtime::Spec =
         serde_json::from_slice(&bytes).map_err(|error| Error::internal(STEP, error))?;
-    let process = spec
+    let mut process = spec
         .process()
         .as_ref()
         .ok_or_else(|| Error::internal(STEP, "the container's spec has no process"))
         .and_then(|own| {
-            gantry_spec::process::exec(own, &command, false).map_err(Error::step(STEP))
+            let with_terminal = terminal.is_some();
+            gantry_spec::process::exec(own, &command, with_terminal).map_err(Error::step(STEP))
         })?;
+    if let Some(size) = terminal.filter(|size| *size != TerminalSize::default()) {
+        let console = oci_spec::runtime::BoxBuilder::default()
+            .width(u64::from(size.width))
+            .height(u64::from(size.height))
+            .build()
+            .map_err(|error| Error::internal(STEP, error))?;
+        process.set_console_size(Some(console));
+    }
     serde_json::to_vec(&process).map_err(|error| Error::Failed {
         step: STEP,
         kind: ErrorKind::Internal,

@@ -1,6 +1,7 @@
 //! A container inside its pod's driver: its state, what is wanted of it, and the effects that
 //! bring the one to the other.
 
+mod attach;
 mod cdi;
 mod create;
 mod devices;
@@ -9,6 +10,7 @@ mod mounts;
 mod relabel;
 mod resolve;
 mod root;
+mod session;
 mod start;
 mod stop;
 mod update;
@@ -27,10 +29,14 @@ use crate::pod::{Driver, Reply, Request, answer};
 use crate::records::{container_state, set_container_state};
 use crate::registry::{ContainerFacts, ContainerView};
 
+pub use attach::Attachment;
+pub(crate) use attach::attach;
 pub(crate) use create::half_made;
-pub use exec::ExecOutput;
 pub(crate) use exec::exec_sync;
+pub use exec::{ExecOutput, TerminalSize};
 pub(crate) use mounts::unmount;
+pub(crate) use session::exec;
+pub use session::{Exec, ExecIo};
 pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files};
 
 pub(crate) struct Container {

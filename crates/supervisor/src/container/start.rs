@@ -72,7 +72,8 @@ impl Driver {
                 let limit = ctx.settings.timeouts.runtime * 2;
                 let started = shim
                     .started(request::Body::Start(body), Vec::new(), limit)
-                    .await;
+                    .await
+                    .map(|(process, _)| process);
                 let mut adopted = false;
                 let started = match started {
                     // An earlier daemon asked, and died before it learnt the outcome.
