@@ -1,0 +1,97 @@
+//! What sessions of both kinds share: how they end and how their users are told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use crate::backend::Client;
+
+/// Longest that a session waits, at its end, for the client to take the last bytes and hang up.
+pub(crate) const LINGER: Duration = Duration::from_secs(5);
+
+/// How often a session that does not read looks whether its client is still there.
+pub(crate) const PROBE: Duration = Duration::from_secs(1);
+
+/// How a session ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// Its user closed it, and all was sent.
+    Done,
+    /// The client closed its connection or it broke.
+    Gone,
+    /// Nothing moved for the idle timeout.
+    Idle,
+    /// The server is shutting down.
+    Stopped,
+    /// The client broke the protocol.
+    Broken(String),
+}
+
+/// The user's hold on its session.
+pub(crate) struct Control {
+    pub notify: Arc<Notify>,
+    closing: AtomicBool,
+    gone: watch::Sender<bool>,
+}
+
+impl Control {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            notify: Arc::new(Notify::new()),
+            closing: AtomicBool::new(false),
+            gone: watch::Sender::new(false),
+        })
+    }
+
+    /// Ends the session after all that was written has been sent.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.notify.notify_one();
+    }
+
+    pub fn closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// Tells the user that the client is gone.
+    pub fn set_gone(&self) {
+        self.gone.send_replace(true);
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(self.gone.subscribe())
+    }
+}
+
+/// Times out when nothing has moved for a while.
+pub(crate) struct Idle {
+    limit: Duration,
+    last: Instant,
+}
+
+impl Idle {
+    pub fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            last: Instant::now(),
+        }
+    }
+
+    pub fn moved(&mut self) {
+        self.last = Instant::now();
+    }
+
+    pub fn deadline(&self) -> Instant {
+        self.last + self.limit
+    }
+}
+
+/// Resolves when the server stops; never, if whoever could say so is gone.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}

@@ -1,0 +1,100 @@
+//! Runs a session's state machine over a connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, sleep_until};
+
+use super::core::{Core, Incoming, Policy};
+use super::frame::Goaway;
+use crate::conn::Transport;
+use crate::session::{Control, End, Idle, PROBE, stopped};
+use crate::wire::{Step, Wire};
+
+pub(crate) struct Session<T> {
+    wire: Wire<T>,
+    core: Core,
+    control: Arc<Control>,
+    idle: Idle,
+    stop: watch::Receiver<bool>,
+}
+
+impl<T: Transport> Session<T> {
+    /// A session over `io`, and the streams that its client will open.
+    pub fn new(
+        io: T,
+        policy: Policy,
+        control: Arc<Control>,
+        idle: Duration,
+        stop: watch::Receiver<bool>,
+    ) -> (Self, mpsc::Receiver<Incoming>) {
+        let (core, incoming) = Core::new(policy, control.notify.clone());
+        let session = Self {
+            wire: Wire::new(io),
+            core,
+            control,
+            idle: Idle::new(idle),
+            stop,
+        };
+        (session, incoming)
+    }
+
+    /// Moves bytes until the session ends, however it ends; then its users have been told.
+    pub async fn run(mut self) -> End {
+        let end = self.serve().await;
+        // Also after an orderly end that the client asked for by GOAWAY.
+        if !self.control.closing() || !matches!(end, End::Done) {
+            self.control.set_gone();
+        }
+        self.core.end();
+        let status = match &end {
+            End::Done | End::Stopped | End::Idle => Goaway::Ok,
+            End::Broken(_) => Goaway::ProtocolError,
+            End::Gone => return end,
+        };
+        self.core.goaway(status);
+        let Self { wire, core, .. } = self;
+        wire.close(&core.out).await;
+        end
+    }
+
+    async fn serve(&mut self) -> End {
+        let Self {
+            wire,
+            core,
+            control,
+            idle,
+            stop,
+        } = self;
+        let notify = control.notify.clone();
+        loop {
+            if control.closing() {
+                core.close();
+                core.finish_all();
+            }
+            if let Err(error) = core.receive(&mut wire.input) {
+                return End::Broken(error.to_string());
+            }
+            core.sweep();
+            if core.drained() && core.out.is_empty() && wire.flushed() {
+                return End::Done;
+            }
+            let stalled = core.stalled();
+            tokio::select! {
+                step = wire.step(!stalled, &mut core.out) => match step {
+                    Ok(Step::Closed) | Err(_) => return End::Gone,
+                    Ok(Step::Read(_) | Step::Wrote) => idle.moved(),
+                },
+                () = notify.notified() => {}
+                () = sleep_until(idle.deadline()) => return End::Idle,
+                () = stopped(stop) => return End::Stopped,
+                () = sleep(PROBE), if stalled => {
+                    if wire.peer_closed() {
+                        control.set_gone();
+                    }
+                }
+            }
+        }
+    }
+}

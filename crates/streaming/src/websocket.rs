@@ -1,0 +1,331 @@
+//! WebSocket (RFC 6455) with Kubernetes' channels: each message carries its channel's number first.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::{Sink, SinkExt, Stream, StreamExt};
+use tokio::sync::watch;
+use tokio::time::{sleep, sleep_until, timeout};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite;
+use tungstenite::Message;
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+
+use crate::channel::{Channel, Input, Output};
+use crate::conn::Transport;
+use crate::negotiate::Encoding;
+use crate::session::{Control, End, Idle, LINGER, PROBE, stopped};
+
+/// Longest message that is taken. Clients that send a file at once make long ones.
+const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+
+/// Bytes of a channel that go into one message.
+const MAX_DATA: usize = 32 * 1024;
+
+const BUFFER: usize = 16 * 1024;
+
+/// The number that half-closes the channel after it, from v5 on.
+const CLOSE_CHANNEL: u8 = 255;
+
+/// A WebSocket over a connection on which the handshake is done.
+pub(crate) async fn wrap<T: Transport>(io: T) -> WebSocketStream<T> {
+    let config = WebSocketConfig::default()
+        .read_buffer_size(BUFFER)
+        .write_buffer_size(BUFFER)
+        .max_write_buffer_size(BUFFER + 4 * MAX_DATA)
+        .max_message_size(Some(MAX_MESSAGE))
+        .max_frame_size(Some(MAX_MESSAGE));
+    WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await
+}
+
+/// How messages are to be read and written.
+pub(crate) struct Options {
+    pub encoding: Encoding,
+    /// Clients half-close channels (v5).
+    pub half_close: bool,
+    /// Channels there are, from 0 on.
+    pub channels: usize,
+    /// A channel on which an empty message says that the session stands.
+    pub hello: Option<usize>,
+}
+
+pub(crate) struct Session<T> {
+    socket: WebSocketStream<T>,
+    options: Options,
+    channels: Vec<Arc<Channel>>,
+    /// The channel that was sent last; the next one's turn is next.
+    served: usize,
+    /// A message that waits until the socket takes it.
+    pending: Option<Message>,
+    unflushed: bool,
+    write_first: bool,
+    control: Arc<Control>,
+    idle: Idle,
+    stop: watch::Receiver<bool>,
+}
+
+/// What one step did.
+enum Step {
+    Read(Message),
+    /// The connection is over, or broke.
+    Closed,
+    /// The client broke the protocol.
+    Broken(String),
+    Wrote,
+}
+
+impl<T: Transport> Session<T> {
+    /// A session over `io`, and both ends of each channel for its user.
+    pub async fn new(
+        io: T,
+        options: Options,
+        control: Arc<Control>,
+        idle: Duration,
+        stop: watch::Receiver<bool>,
+    ) -> (Self, Vec<(Input, Output)>) {
+        let mut channels = Vec::with_capacity(options.channels);
+        let mut ends = Vec::with_capacity(options.channels);
+        for _ in 0..options.channels {
+            let (channel, input, output) = Channel::new(control.notify.clone());
+            channels.push(channel);
+            ends.push((input, output));
+        }
+        let pending = options
+            .hello
+            .map(|channel| options.encode(channel, BytesMut::new()));
+        let session = Self {
+            socket: wrap(io).await,
+            options,
+            channels,
+            served: 0,
+            pending,
+            unflushed: false,
+            write_first: false,
+            control,
+            idle: Idle::new(idle),
+            stop,
+        };
+        (session, ends)
+    }
+
+    /// Moves bytes until the session ends, however it ends; then its users have been told.
+    pub async fn run(mut self) -> End {
+        let end = self.serve().await;
+        if !matches!(end, End::Done) {
+            self.control.set_gone();
+        }
+        for channel in &self.channels {
+            channel.reset();
+        }
+        let code = match &end {
+            End::Done => CloseCode::Normal,
+            End::Idle | End::Stopped => CloseCode::Away,
+            End::Broken(_) => CloseCode::Protocol,
+            End::Gone => return end,
+        };
+        close(self.socket, code).await;
+        end
+    }
+
+    async fn serve(&mut self) -> End {
+        let control = self.control.clone();
+        let mut stop = self.stop.clone();
+        loop {
+            let closing = control.closing();
+            if self.pending.is_none() {
+                self.pending = self.next_message();
+            }
+            if closing && self.pending.is_none() && !self.unflushed {
+                return End::Done;
+            }
+            let stalled = self.channels.iter().any(|channel| channel.over_window());
+            let deadline = self.idle.deadline();
+            tokio::select! {
+                step = self.step(!stalled) => {
+                    self.idle.moved();
+                    match step {
+                        Step::Read(message) => {
+                            if let Err(reason) = self.receive(message) {
+                                return End::Broken(reason.into());
+                            }
+                        }
+                        Step::Closed => return End::Gone,
+                        Step::Broken(reason) => return End::Broken(reason),
+                        Step::Wrote => {}
+                    }
+                }
+                () = control.notify.notified() => {}
+                () = sleep_until(deadline) => return End::Idle,
+                () = stopped(&mut stop) => return End::Stopped,
+                () = sleep(PROBE), if stalled => {
+                    if self.socket.get_ref().peer_closed() {
+                        control.set_gone();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads a message, if `read`, or writes what waits, whichever can be done. May be dropped and
+    /// called again without loss.
+    async fn step(&mut self, read: bool) -> Step {
+        poll_fn(|cx| {
+            // Taking turns, so that neither direction starves the other.
+            self.write_first = !self.write_first;
+            for write in [self.write_first, !self.write_first] {
+                let polled = match write {
+                    true => self.poll_write(cx),
+                    false if read => self.poll_read(cx),
+                    false => Poll::Pending,
+                };
+                if polled.is_ready() {
+                    return polled;
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
+        Pin::new(&mut self.socket)
+            .poll_next(cx)
+            .map(|message| match message {
+                Some(Ok(message)) => Step::Read(message),
+                None | Some(Err(tungstenite::Error::Io(_))) => Step::Closed,
+                // A connection that is cut off is no fault of the client's.
+                Some(Err(tungstenite::Error::Protocol(
+                    tungstenite::error::ProtocolError::ResetWithoutClosingHandshake,
+                ))) => Step::Closed,
+                Some(Err(error)) => Step::Broken(error.to_string()),
+            })
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
+        let mut socket = Pin::new(&mut self.socket);
+        if self.pending.is_some() {
+            match socket.as_mut().poll_ready(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return Poll::Ready(Step::Closed),
+                Poll::Pending => return Poll::Pending,
+            }
+            if let Some(message) = self.pending.take() {
+                self.unflushed = true;
+                if socket.start_send(message).is_err() {
+                    return Poll::Ready(Step::Closed);
+                }
+            }
+            return Poll::Ready(Step::Wrote);
+        }
+        if !self.unflushed {
+            return Poll::Pending;
+        }
+        socket.poll_flush(cx).map(|result| match result {
+            Ok(()) => {
+                self.unflushed = false;
+                Step::Wrote
+            }
+            Err(_) => Step::Closed,
+        })
+    }
+
+    /// The next channel's bytes as a message.
+    fn next_message(&mut self) -> Option<Message> {
+        let count = self.channels.len();
+        for offset in 1..=count {
+            let number = (self.served + offset) % count;
+            let mut data = BytesMut::new();
+            if self.channels[number].pull(MAX_DATA, &mut data) > 0 {
+                self.served = number;
+                return Some(self.options.encode(number, data));
+            }
+        }
+        None
+    }
+
+    fn receive(&mut self, message: Message) -> Result<(), &'static str> {
+        match message {
+            Message::Binary(data) => self.data(data),
+            Message::Text(text) => self.data(text.into()),
+            Message::Ping(_) => {
+                // The answer is queued; flushing sends it.
+                self.unflushed = true;
+                Ok(())
+            }
+            // A close is answered by the library, and the next read ends.
+            Message::Pong(_) | Message::Close(_) | Message::Frame(_) => Ok(()),
+        }
+    }
+
+    fn data(&mut self, data: Bytes) -> Result<(), &'static str> {
+        let Some((number, data)) = data.split_first() else {
+            return Ok(());
+        };
+        if self.options.half_close && *number == CLOSE_CHANNEL {
+            let [number] = data else {
+                return Err("a half-close names one channel");
+            };
+            let channel = self.channels.get(usize::from(*number));
+            channel
+                .ok_or("half-close of a channel that is not there")?
+                .finish_incoming();
+            return Ok(());
+        }
+        let decoded;
+        let (number, data) = match self.options.encoding {
+            Encoding::Binary => (*number, data),
+            Encoding::Base64 => {
+                decoded = STANDARD
+                    .decode(data)
+                    .map_err(|_| "a message that is not base64")?;
+                (number.wrapping_sub(b'0'), &decoded[..])
+            }
+        };
+        // Other channels than there are carry nothing that anybody wants.
+        if let Some(channel) = self.channels.get(usize::from(number)) {
+            channel.deliver(data);
+        }
+        Ok(())
+    }
+}
+
+impl Options {
+    /// A message with a channel's bytes. Channels are few enough for one byte, or one digit.
+    fn encode(&self, channel: usize, data: BytesMut) -> Message {
+        let number = channel as u8;
+        match self.encoding {
+            Encoding::Binary => {
+                let mut message = BytesMut::with_capacity(1 + data.len());
+                message.put_u8(number);
+                message.put_slice(&data);
+                Message::Binary(message.freeze())
+            }
+            Encoding::Base64 => {
+                let mut message = String::from(char::from(b'0'.wrapping_add(number)));
+                STANDARD.encode_string(&data, &mut message);
+                Message::text(message)
+            }
+        }
+    }
+}
+
+/// Says goodbye and waits a while for the client to do so too.
+pub(crate) async fn close<T: Transport>(mut socket: WebSocketStream<T>, code: CloseCode) {
+    let reason = "".into();
+    let end = async {
+        socket
+            .send(Message::Close(Some(CloseFrame { code, reason })))
+            .await?;
+        while socket.next().await.transpose()?.is_some() {}
+        Result::<(), tungstenite::Error>::Ok(())
+    };
+    // Nobody is left who could be told that this failed.
+    let _ = timeout(LINGER, end).await;
+}
