@@ -12,7 +12,9 @@ use crate::backend::Client;
 /// Longest that a session waits, at its end, for the client to take the last bytes and hang up.
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
 
-/// How often a session that does not read looks whether its client is still there.
+/// How often a session that does not read looks whether its client is still there. The end of a
+/// client that was still sending is not to be seen, since it comes behind what is not read: so it is
+/// also sent something, to which the machine of a client that is gone answers with a reset.
 pub(crate) const PROBE: Duration = Duration::from_secs(1);
 
 /// How a session ended.

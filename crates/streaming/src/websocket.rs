@@ -137,6 +137,7 @@ impl<T: Transport> Session<T> {
     async fn serve(&mut self) -> End {
         let control = self.control.clone();
         let mut stop = self.stop.clone();
+        let mut probing = false;
         loop {
             let closing = control.closing();
             if self.pending.is_none() {
@@ -148,25 +149,30 @@ impl<T: Transport> Session<T> {
             let stalled = self.channels.iter().any(|channel| channel.over_window());
             let deadline = self.idle.deadline();
             tokio::select! {
-                step = self.step(!stalled) => {
-                    self.idle.moved();
-                    match step {
-                        Step::Read(message) => {
-                            if let Err(reason) = self.receive(message) {
-                                return End::Broken(reason.into());
-                            }
+                step = self.step(!stalled) => match step {
+                    Step::Read(message) => {
+                        self.idle.moved();
+                        if let Err(reason) = self.receive(message) {
+                            return End::Broken(reason.into());
                         }
-                        Step::Closed => return End::Gone,
-                        Step::Broken(reason) => return End::Broken(reason),
-                        Step::Wrote => {}
                     }
-                }
+                    Step::Closed => return End::Gone,
+                    Step::Broken(reason) => return End::Broken(reason),
+                    // A probe is nothing that moves.
+                    Step::Wrote if probing => probing = self.unflushed,
+                    Step::Wrote => self.idle.moved(),
+                },
                 () = control.notify.notified() => {}
                 () = sleep_until(deadline) => return End::Idle,
                 () = stopped(&mut stop) => return End::Stopped,
                 () = sleep(PROBE), if stalled => {
                     if self.socket.get_ref().peer_closed() {
                         control.set_gone();
+                    }
+                    if self.pending.is_none() && !self.unflushed {
+                        // Needs no answer (RFC 6455, 5.5.3).
+                        self.pending = Some(Message::Pong(Bytes::new()));
+                        probing = true;
                     }
                 }
             }

@@ -405,6 +405,11 @@ impl Core {
         true
     }
 
+    /// Says something that needs no answer: SETTINGS of nothing.
+    pub fn probe(&mut self) {
+        frame::put_settings(&mut self.out, &[]);
+    }
+
     /// The client or the session's user wants to end: no new streams.
     pub fn close(&mut self) {
         self.closing = true;

@@ -68,6 +68,7 @@ impl<T: Transport> Session<T> {
             stop,
         } = self;
         let notify = control.notify.clone();
+        let mut probing = false;
         loop {
             if control.closing() {
                 core.close();
@@ -84,6 +85,8 @@ impl<T: Transport> Session<T> {
             tokio::select! {
                 step = wire.step(!stalled, &mut core.out) => match step {
                     Ok(Step::Closed) | Err(_) => return End::Gone,
+                    // A probe is nothing that moves.
+                    Ok(Step::Wrote) if probing => probing = !core.out.is_empty(),
                     Ok(Step::Read(_) | Step::Wrote) => idle.moved(),
                 },
                 () = notify.notified() => {}
@@ -92,6 +95,10 @@ impl<T: Transport> Session<T> {
                 () = sleep(PROBE), if stalled => {
                     if wire.peer_closed() {
                         control.set_gone();
+                    }
+                    if core.out.is_empty() && wire.flushed() {
+                        core.probe();
+                        probing = true;
                     }
                 }
             }
