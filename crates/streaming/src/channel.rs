@@ -125,6 +125,11 @@ impl Channel {
         wake(&mut state.writer);
     }
 
+    /// The client took the stream back, or is gone.
+    pub fn was_reset(&self) -> bool {
+        self.lock().broken
+    }
+
     fn end_incoming(&self, end: End) {
         let mut state = self.lock();
         state.incoming_end.get_or_insert(end);

@@ -205,6 +205,10 @@ async fn forward(
 ) {
     let data = stream.channel();
     if let Err(failure) = backend.port_forward(&pod, port, stream).await {
+        if data.was_reset() {
+            // The client's own doing. Told of a failure, kubectl would end the whole session.
+            return;
+        }
         tracing::debug!(%pod, port, error = %failure, "port forward failed");
         let text = format!("error forwarding port {port} to pod {pod}: {failure}");
         // Fails when the client is gone, and then nobody wants to know.

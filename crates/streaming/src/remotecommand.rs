@@ -6,9 +6,12 @@
 //! channels 0 to 4, there from the start.
 
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
+use gantry_ports::Error;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
@@ -244,8 +247,13 @@ async fn run(
         }
         std::future::pending().await
     };
+    // A client that is told nothing takes that for success.
+    let call = AssertUnwindSafe(call(command, streams, backend)).catch_unwind();
     let outcome = tokio::select! {
-        outcome = call(command, streams, backend) => outcome,
+        outcome = call => outcome.unwrap_or_else(|_| Outcome::Failed {
+            what: "streaming",
+            error: Error::internal("it panicked, see the log"),
+        }),
         never = resizes => never,
     };
     // Some clients take the result for the end of everything.

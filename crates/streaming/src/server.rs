@@ -296,8 +296,7 @@ async fn request(conn: Conn, shared: &Arc<Shared>) -> Option<(Plan, OnUpgrade)> 
     });
     let mut stop = shared.stop.clone();
     let mut http = http1::Builder::new();
-    http.keep_alive(false)
-        .max_buf_size(MAX_HEAD)
+    http.max_buf_size(MAX_HEAD)
         .timer(TokioTimer::new())
         .header_read_timeout(shared.limits.request_timeout);
     let served = async {
@@ -322,9 +321,14 @@ async fn request(conn: Conn, shared: &Arc<Shared>) -> Option<(Plan, OnUpgrade)> 
 
 type Answer = Response<Full<Bytes>>;
 
+/// An answer after which the connection is closed. An upgrade must not say so: Go's HTTP client
+/// takes `Connection: Upgrade, close` for no upgrade, which is why keep-alive is not switched off.
 fn refuse(status: StatusCode, text: impl Into<Bytes>) -> Box<Answer> {
     let mut response = Response::new(Full::new(text.into()));
     *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONNECTION, HeaderValue::from_static("close"));
     Box::new(response)
 }
 

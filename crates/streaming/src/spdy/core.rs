@@ -172,7 +172,7 @@ impl Core {
                 unidirectional,
                 headers,
             } => {
-                if id <= self.last_id || id % 2 == 0 {
+                if id <= self.last_id || id.is_multiple_of(2) {
                     let last = self.last_id;
                     return Err(Error::StreamId { id, last });
                 }
@@ -250,7 +250,7 @@ impl Core {
         let Some(stream) = self.streams.get_mut(&id) else {
             // Of a stream that is over, which its client may not know yet, or that never was.
             self.consumed += bytes.len();
-            if id > self.last_id || id % 2 == 0 {
+            if id > self.last_id || id.is_multiple_of(2) {
                 self.reset(id, Reset::InvalidStream);
             }
             return;

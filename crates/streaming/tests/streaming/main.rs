@@ -2,6 +2,7 @@
 
 mod abuse;
 mod common;
+mod damage;
 mod portforward;
 mod relay;
 mod remotecommand;

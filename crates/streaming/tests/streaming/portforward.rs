@@ -111,6 +111,19 @@ async fn a_failure_is_told_on_its_connections_error_stream() {
     client.until(|c| c.text(healthy) == "still here").await;
 }
 
+/// As kubectl does with each connection that the pod has ended.
+#[tokio::test]
+async fn a_connection_that_its_client_resets_is_no_failure() {
+    let node = start().await;
+    let mut client = upgrade(&node.forward(&[]), PROTOCOL).await;
+    let (error, data) = pair(&mut client, BYE, "0").await;
+    client.until(|c| c.seen(data).fin).await;
+    client.reset(data).await;
+    client.until(|c| c.seen(error).fin).await;
+    assert_eq!(client.text(error), "");
+    assert_eq!(node.memory.ended.load(SeqCst), 1);
+}
+
 #[tokio::test]
 async fn clients_that_name_no_request_are_paired_by_stream_ids() {
     let node = start().await;

@@ -49,6 +49,14 @@ async fn an_exit_code_and_a_failure_are_a_status() {
 }
 
 #[tokio::test]
+async fn a_backend_that_panics_is_a_failure() {
+    let node = start().await;
+    let mut client = open(&node.exec(OUT, &["panic"]), &["error", "stdout"]).await;
+    client.finish().await;
+    assert_eq!(client.status(1)["reason"], "InternalError");
+}
+
+#[tokio::test]
 async fn each_version_answers_in_its_way() {
     let node = start().await;
     for version in ["channel.k8s.io", "v2.channel.k8s.io", "v3.channel.k8s.io"] {
@@ -197,11 +205,14 @@ async fn a_client_that_goes_away_is_noticed() {
     until("ended", || node.memory.ended.load(SeqCst) == 2).await;
 }
 
-/// Its connection is not read any more, since nobody takes what it sends.
+/// Its connection is not read any more, since nobody takes what it sends, and its end comes behind
+/// that.
 #[tokio::test]
 async fn a_client_that_goes_away_while_it_is_held_back_is_noticed() {
     let node = start().await;
     let mut client = open(&node.exec(IN_OUT, &["deaf"]), &["error", "stdin", "stdout"]).await;
+    // What it has not read would make its end a reset, which is seen at once.
+    client.settle().await;
     let flood = async {
         loop {
             client.send(3, &[0; 32 * 1024]).await;
@@ -244,6 +255,28 @@ async fn a_connection_on_which_nothing_moves_is_closed() {
     client.finish().await;
     assert_eq!(client.pongs.len(), 5);
     until("gone", || node.memory.gone.load(SeqCst) == 1).await;
+}
+
+/// Being asked whether it is still there does not count.
+#[tokio::test]
+async fn a_client_that_is_held_back_for_too_long_is_closed() {
+    let config = Config {
+        idle_timeout: Duration::from_millis(2500),
+        ..Config::default()
+    };
+    let node = start_with(config).await;
+    let mut client = open(&node.exec(IN_OUT, &["deaf"]), &["error", "stdin", "stdout"]).await;
+    let flood = async {
+        loop {
+            client.send(3, &[0; 32 * 1024]).await;
+        }
+    };
+    assert!(
+        tokio::time::timeout(Duration::from_secs(1), flood)
+            .await
+            .is_err()
+    );
+    until("closed", || node.memory.gone.load(SeqCst) == 1).await;
 }
 
 #[tokio::test]

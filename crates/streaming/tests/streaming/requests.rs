@@ -137,6 +137,7 @@ async fn what_cannot_be_negotiated_is_refused() {
     let url = exec();
     let answer = ask(&mut connect(&url).await, "POST", &url, &v5).await;
     assert_eq!(answer.status, 403);
+    assert_eq!(answer.one("connection"), Some("close"));
     assert_eq!(
         answer.all("x-accepted-stream-protocol-versions"),
         [

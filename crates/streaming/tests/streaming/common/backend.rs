@@ -110,6 +110,7 @@ impl Backend for Memory {
                     .map_err(failed)?;
             }
             ["exit", code] => return Ok(code.parse().unwrap()),
+            ["panic"] => panic!("as asked"),
             ["fail", why] => return Err(Error::internal(why)),
             ["flood"] => {
                 let mut stdout = streams.stdout.take().unwrap();
@@ -149,11 +150,13 @@ impl Backend for Memory {
             }
             std::io::Result::Ok(())
         };
+        // A client that is gone also ends its streams.
         tokio::select! {
-            _ = echo => {}
+            biased;
             () = streams.client.gone() => {
                 self.gone.fetch_add(1, SeqCst);
             }
+            _ = echo => {}
         }
         Ok(())
     }

@@ -42,6 +42,7 @@ pub async fn upgrade(url: &str, protocol: &str) -> Client<TcpStream> {
     headers.push(("X-Stream-Protocol-Version", protocol));
     let answer = http::ask(&mut tcp, "POST", url, &headers).await;
     assert_eq!(answer.status, 101, "{answer:?}");
+    assert_eq!(answer.all("connection"), ["Upgrade"]);
     assert_eq!(answer.one("upgrade"), Some("SPDY/3.1"));
     assert_eq!(answer.one("x-stream-protocol-version"), Some(protocol));
     Client::new(tcp)
