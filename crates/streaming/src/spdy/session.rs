@@ -86,7 +86,9 @@ impl<T: Transport> Session<T> {
                 step = wire.step(!stalled, &mut core.out) => match step {
                     Ok(Step::Closed) | Err(_) => return End::Gone,
                     // A probe is nothing that moves.
-                    Ok(Step::Wrote) if probing => probing = !core.out.is_empty(),
+                    Ok(Step::Wrote) if probing => {
+                        probing = !(core.out.is_empty() && wire.flushed());
+                    }
                     Ok(Step::Read(_) | Step::Wrote) => idle.moved(),
                 },
                 () = notify.notified() => {}
