@@ -67,30 +67,33 @@ pub async fn relay<T>(
     silence: Duration,
 ) -> T {
     let (exited, exiting) = watch::channel(false);
+    let mut ended = exiting.clone();
     let input = async {
-        if let (Some(from), Some(to)) = (stdin, process.stdin) {
-            send(from, to).await;
+        let (Some(from), Some(to)) = (stdin, process.stdin) else {
+            return;
+        };
+        // What a process that has ended did not read is discarded, so that its client is heard.
+        tokio::select! {
+            () = send(from, to) => {}
+            _ = ended.wait_for(|exited| *exited) => {}
         }
     };
-    let output = async {
+    let streams = async {
         tokio::join!(
+            input,
             receive(process.stdout, stdout, exiting.clone(), silence),
             receive(process.stderr, stderr, exiting, silence),
         )
     };
-    let (mut input, mut output, mut exit) = (pin!(input), pin!(output), pin!(exit));
-    let (mut input_open, mut output_open) = (true, true);
-    let value = loop {
-        tokio::select! {
-            value = &mut exit => break value,
-            () = &mut input, if input_open => input_open = false,
-            _ = &mut output, if output_open => output_open = false,
+    let (mut streams, mut exit) = (pin!(streams), pin!(exit));
+    let value = tokio::select! {
+        value = &mut exit => {
+            exited.send_replace(true);
+            streams.await;
+            value
         }
+        _ = &mut streams => exit.await,
     };
-    exited.send_replace(true);
-    if output_open {
-        output.await;
-    }
     value
 }
 
@@ -168,5 +171,35 @@ async fn write(fd: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> {
             // It was not writable after all.
             Err(_) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::{Channel, WINDOW};
+    use std::sync::Arc;
+    use tokio::sync::Notify;
+
+    #[tokio::test]
+    async fn what_a_process_that_has_ended_did_not_read_holds_nobody_up() {
+        let (channel, input, output) = Channel::new(Arc::new(Notify::new()));
+        channel.deliver(&vec![0; WINDOW * 2]);
+        // Nobody reads the one pipe, and a descendant keeps the other open.
+        let (_unread, stdin) = io::pipe().unwrap();
+        let (stdout, held) = io::pipe().unwrap();
+        let process = ProcessIo::pipes(Some(stdin.into()), Some(stdout.into()), None).unwrap();
+        let (exit, exited) = tokio::sync::oneshot::channel();
+        let ends = (Some(input), Some(output), None);
+        let relay = tokio::spawn(relay(ends, process, exited, Duration::from_secs(60)));
+        sleep(Duration::from_millis(50)).await;
+        assert!(channel.over_window());
+        exit.send(7).unwrap();
+        while channel.over_window() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert!(!relay.is_finished());
+        drop(held);
+        assert_eq!(relay.await.unwrap(), Ok(7));
     }
 }
