@@ -144,11 +144,20 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
+    /// Written by a process of its own: one that another test forks meanwhile would inherit a
+    /// descriptor for writing, and executing the file would fail with ETXTBSY.
     fn script(dir: &Path, body: &str) -> Runtime {
-        use std::os::unix::fs::PermissionsExt;
         let path = dir.join("fake-runc");
-        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut writer = std::process::Command::new("sh")
+            .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
+            .arg(&path)
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = writer.stdin.take().unwrap();
+        std::io::Write::write_all(&mut input, format!("#!/bin/sh\n{body}\n").as_bytes()).unwrap();
+        drop(input);
+        assert!(writer.wait().unwrap().success());
         Runtime::new(path)
     }
 

@@ -91,10 +91,8 @@ mod tests {
             io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0])?;
             let this = Self(child);
             for file in ["uid_map", "gid_map"] {
-                fs::write(
-                    this.path().join("../..").join(file),
-                    format!("0 {BASE} 65536"),
-                )?;
+                let path = format!("/proc/{}/{file}", this.0.id());
+                fs::write(path, format!("0 {BASE} 65536"))?;
             }
             Ok(this)
         }
