@@ -624,6 +624,9 @@ impl Shim {
         exec: PendingExec,
         result: Result<(), Error>,
     ) {
+        if result.is_err() {
+            self.kill_late(number, &exec);
+        }
         let pid = result.and_then(|()| read_pid(&exec.pid_file));
         exec.remove_files();
         let adopted = pid.and_then(|pid| {
@@ -657,6 +660,21 @@ impl Shim {
         let index = container.execs.len() - 1;
         if let Some(death) = parked {
             self.exec_ended(number, index, death.ended);
+        }
+    }
+
+    /// Kills a process that was let go by a runtime which is said to have failed: one that ended by
+    /// itself in the moment of its deadline.
+    fn kill_late(&mut self, number: u32, exec: &PendingExec) {
+        let Ok(pid) = read_pid(&exec.pid_file) else {
+            return;
+        };
+        // Not reaped yet, the pid is still its own.
+        if self.parked(pid).is_none()
+            && let Ok(process) = gantry_sys::process::process_ref(pid)
+        {
+            let within = self.containers.get(&number).and_then(Container::cgroup);
+            tree::kill(process, within.as_deref());
         }
     }
 

@@ -206,3 +206,38 @@ fn an_exec_whose_runtime_hangs_can_be_killed() {
     assert_eq!(error.kind(), v1::ErrorKind::DeadlineExceeded);
     pod.shutdown();
 }
+
+#[test]
+fn a_process_of_an_exec_that_was_given_up_is_killed_however_late() {
+    if skip("a_process_of_an_exec_that_was_given_up_is_killed_however_late") {
+        return;
+    }
+    // Its process has left it and runs when the runtime is killed.
+    let exec =
+        "exec) sh -c 'setsid sleep 617 & echo $! >\"$1\"' sh \"$pid_file\"; exec sleep 600 ;;";
+    let body = format!("case $command in {exec} esac\n{WORKING}");
+    let (_dir, mut pod) = scripted("fake-runc", 3_600_000, &body);
+    let bundle = script(&pod, "c1", "sleep 600");
+    pod.start(&bundle).unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let fd = std::os::fd::AsFd::as_fd(&null);
+    let body = pod.exec_body("c1", "e1", "", false);
+    let exec = pod.daemon.send(Some(body), &[fd, fd, fd]);
+    let pid_file = Path::new(&bundle.start.bundle).join("exec-e1.pid");
+    let mut pid = None;
+    eventually("it runs", || {
+        let text = std::fs::read_to_string(&pid_file).unwrap_or_default();
+        pid = text.trim().parse().ok();
+        pid.is_some()
+    });
+    let process = gantry_sys::process::process_ref(pid.unwrap()).unwrap();
+    let kill = v1::KillExec {
+        container_id: "c1".into(),
+        exec_id: "e1".into(),
+    };
+    pod.daemon.ask(request::Body::KillExec(kill)).unwrap();
+    let error = pod.daemon.wait_for(exec).unwrap_err();
+    assert_eq!(error.kind(), v1::ErrorKind::DeadlineExceeded);
+    eventually("it is killed", || !gantry_sys::process::alive(process));
+    pod.shutdown();
+}
