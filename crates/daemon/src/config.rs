@@ -5,6 +5,7 @@
 //! file the defaults run.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,7 @@ pub struct Config {
     pub network: Network,
     pub images: Images,
     pub runtime: Runtime,
+    pub streaming: Streaming,
     pub timeouts: Timeouts,
 }
 
@@ -133,6 +135,33 @@ pub struct Handler {
     pub annotations: Vec<String>,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StreamingTls {
+    #[default]
+    Off,
+    /// With a certificate made at start.
+    SelfSigned,
+    /// With `certificate` and `key`.
+    Files,
+}
+
+/// The server behind the URLs of Exec, Attach and PortForward.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Streaming {
+    /// Where to listen; port 0 is any that is free.
+    pub address: SocketAddr,
+    pub tls: StreamingTls,
+    /// PEM files, read again when they change.
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// A connection on which nothing moves for so long is closed.
+    pub idle_timeout_seconds: u64,
+    /// Time for a client to open the streams that it asked for.
+    pub creation_timeout_seconds: u64,
+}
+
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Timeouts {
@@ -142,6 +171,8 @@ pub struct Timeouts {
     pub network_seconds: u64,
     /// How long output may stay open after an ExecSync's command has ended.
     pub exec_drain_seconds: u64,
+    /// How long the command of an Exec may take to end after its client has gone.
+    pub exec_grace_seconds: u64,
     /// Recovery of one pod at start.
     pub recovery_seconds: u64,
 }
@@ -158,6 +189,7 @@ impl Default for Config {
             network: Network::default(),
             images: Images::default(),
             runtime: Runtime::default(),
+            streaming: Streaming::default(),
             timeouts: Timeouts::default(),
         }
     }
@@ -208,12 +240,26 @@ impl Default for Runtime {
     }
 }
 
+impl Default for Streaming {
+    fn default() -> Self {
+        Self {
+            address: (Ipv4Addr::LOCALHOST, 0).into(),
+            tls: StreamingTls::Off,
+            certificate: PathBuf::new(),
+            key: PathBuf::new(),
+            idle_timeout_seconds: 4 * 60 * 60,
+            creation_timeout_seconds: 30,
+        }
+    }
+}
+
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
             runtime_seconds: 60,
             network_seconds: 60,
             exec_drain_seconds: 2,
+            exec_grace_seconds: 5,
             recovery_seconds: 10,
         }
     }
@@ -301,6 +347,7 @@ impl Config {
                 reason,
             })?;
         }
+        self.streaming.check()?;
         if !self.runtime.default.is_empty()
             && !self.runtime.handlers.is_empty()
             && !self.runtime.handlers.contains_key(&self.runtime.default)
@@ -313,6 +360,44 @@ impl Config {
         Ok(())
     }
 }
+
+impl Streaming {
+    fn check(&self) -> Result<(), Error> {
+        let files: [(&'static str, &Path); 2] = [
+            ("streaming.certificate", &self.certificate),
+            ("streaming.key", &self.key),
+        ];
+        for (key, path) in files {
+            let reason = match self.tls {
+                StreamingTls::Files if path.is_absolute() => continue,
+                StreamingTls::Files => "is not an absolute path",
+                StreamingTls::Off | StreamingTls::SelfSigned if path.as_os_str().is_empty() => {
+                    continue;
+                }
+                // Whoever names a certificate expects it to be served.
+                StreamingTls::Off | StreamingTls::SelfSigned => "is for streaming.tls \"files\"",
+            };
+            let reason = format!("{:?} {reason}", path.display());
+            return Err(Error::Invalid { key, reason });
+        }
+        for (key, seconds) in [
+            ("streaming.idle_timeout_seconds", self.idle_timeout_seconds),
+            (
+                "streaming.creation_timeout_seconds",
+                self.creation_timeout_seconds,
+            ),
+        ] {
+            if !(1..=LONGEST).contains(&seconds) {
+                let reason = format!("{seconds} is not from 1 to {LONGEST}");
+                return Err(Error::Invalid { key, reason });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A year: what is longer would overflow an instant sooner or later.
+const LONGEST: u64 = 365 * 24 * 60 * 60;
 
 /// Reads one file. It is checked as a whole configuration of its own first, because only then
 /// the error can name the line.
@@ -471,6 +556,23 @@ mod tests {
         let file = dir.path().join("config.toml");
         for (text, key) in [
             ("root = 'relative'", "root"),
+            (
+                "[streaming]\ntls = 'files'\nkey = '/k'",
+                "streaming.certificate",
+            ),
+            (
+                "[streaming]\ntls = 'files'\ncertificate = '/c'\nkey = 'k'",
+                "streaming.key",
+            ),
+            ("[streaming]\nkey = '/k'", "streaming.key"),
+            (
+                "[streaming]\nidle_timeout_seconds = 0",
+                "streaming.idle_timeout_seconds",
+            ),
+            (
+                "[streaming]\ncreation_timeout_seconds = 99999999999",
+                "streaming.creation_timeout_seconds",
+            ),
             (
                 "[runtime]\ndefault = 'x'\n[runtime.handlers.y]\nbinary = 'y'",
                 "runtime.default",

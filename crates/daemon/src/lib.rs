@@ -4,5 +4,6 @@ pub mod config;
 mod handlers;
 mod server;
 mod socket;
+mod streaming;
 
 pub use server::run;

@@ -16,13 +16,15 @@ use gantry_scopes_systemd::{SystemBus, Systemd};
 use gantry_snapshotter_overlayfs::Overlayfs;
 use gantry_spec::resolved::{CgroupNode, CgroupVersion};
 use gantry_store::Store;
+use gantry_streaming::Certificate;
 use gantry_supervisor::host::APPARMOR_DEFAULT;
 use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Host, Settings, Supervisor, Timeouts};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, StreamingTls};
+use crate::streaming::Node;
 use crate::{handlers, socket};
 
 /// What the kubelet receives at most; what we accept is a config with its annotations.
@@ -76,6 +78,9 @@ pub async fn run(config: Config) -> Result<()> {
         scopes,
     )?;
 
+    let streaming = streaming(&config, supervisor.clone()).await?;
+    tracing::info!(address = %streaming.address(), "streaming");
+
     let conditions = Conditions {
         config: serde_json::to_value(&config)?,
         not_ready: Arc::new(move || {
@@ -85,9 +90,13 @@ pub async fn run(config: Config) -> Result<()> {
     let server = Server::builder()
         .layer(RpcLayer::new(gate.clone(), Arc::new(())))
         .add_service(
-            RuntimeServiceServer::new(gantry_cri::Runtime::new(supervisor.clone(), conditions))
-                .max_decoding_message_size(MESSAGE_LIMIT)
-                .max_encoding_message_size(ANSWER_LIMIT),
+            RuntimeServiceServer::new(gantry_cri::Runtime::new(
+                supervisor.clone(),
+                Arc::clone(&streaming),
+                conditions,
+            ))
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(ANSWER_LIMIT),
         )
         .add_service(
             ImageServiceServer::new(gantry_cri::Images::new(supervisor.clone()))
@@ -140,6 +149,12 @@ pub async fn run(config: Config) -> Result<()> {
     let _ = stop.send(());
     if tokio::time::timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
         tracing::warn!("calls under way were cut off");
+    }
+    // A call that was cut off keeps it: then its sessions end with us.
+    if let Some(streaming) = Arc::into_inner(streaming) {
+        let grace = Duration::from_secs(config.timeouts.exec_grace_seconds);
+        let kill = Duration::from_secs(1);
+        streaming.shutdown(grace.min(SHUTDOWN_LIMIT) + kill).await;
     }
     // The next daemon need not tell a stale socket from a live one.
     if let Err(error) = std::fs::remove_file(&config.socket) {
@@ -194,6 +209,32 @@ async fn scopes(settings: &Settings) -> Option<Arc<dyn Scopes>> {
         tracing::error!(%error, "pods cannot be made until systemd answers");
     }
     Some(Arc::new(systemd))
+}
+
+/// The streaming server, listening.
+async fn streaming(
+    config: &Config,
+    supervisor: Supervisor,
+) -> Result<Arc<gantry_streaming::Server>> {
+    let settings = &config.streaming;
+    let tls = match settings.tls {
+        StreamingTls::Off => None,
+        StreamingTls::SelfSigned => Some(Certificate::SelfSigned),
+        StreamingTls::Files => Some(Certificate::Files {
+            certificate: settings.certificate.clone(),
+            key: settings.key.clone(),
+        }),
+    };
+    let options = gantry_streaming::Config {
+        address: settings.address,
+        tls,
+        idle_timeout: Duration::from_secs(settings.idle_timeout_seconds),
+        creation_timeout: Duration::from_secs(settings.creation_timeout_seconds),
+        ..Default::default()
+    };
+    let node = Arc::new(Node::new(supervisor));
+    let server = gantry_streaming::Server::bind(options, node).await;
+    Ok(Arc::new(server.context("streaming")?))
 }
 
 fn network_options(config: &Config) -> gantry_network_cni::Options {
@@ -256,6 +297,7 @@ fn settings(config: &Config) -> Result<Settings> {
         timeouts: Timeouts {
             runtime: Duration::from_secs(config.timeouts.runtime_seconds),
             exec_drain: Duration::from_secs(config.timeouts.exec_drain_seconds),
+            exec_grace: Duration::from_secs(config.timeouts.exec_grace_seconds),
             recovery: Duration::from_secs(config.timeouts.recovery_seconds),
             ..Timeouts::default()
         },

@@ -36,7 +36,10 @@ use tokio::sync::{Semaphore, mpsc};
 
 pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
 pub use clock::now_ns;
-pub use container::{Attachment, Exec, ExecIo, ExecOutput, TerminalSize};
+pub use container::{
+    AttachedInput, Attachment, AttachmentEnd, ContainerTerminal, Exec, ExecIo, ExecOutput,
+    ExecProcess, Terminal, TerminalSize,
+};
 pub use error::Error;
 pub use forward::Forward;
 pub use host::Host;
@@ -546,15 +549,15 @@ impl Supervisor {
             .await
     }
 
-    /// Starts a command in a container, with a terminal if a size is given for it; whoever asks
-    /// gets our ends of its streams. Bytes pass neither shim nor supervisor.
+    /// Starts a command in a container, with a terminal if a size is given for it. Its bytes pass
+    /// neither the shim nor us.
     pub async fn exec(
         &self,
         id: &str,
         command: Vec<String>,
         stdio: Stdio,
         terminal: Option<TerminalSize>,
-    ) -> Result<(ExecIo, Exec), Error> {
+    ) -> Result<Exec, Error> {
         let (shim, view) = self.running(id).await?;
         container::exec(&self.ctx, shim, view, command, stdio, terminal).await
     }

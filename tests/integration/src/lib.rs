@@ -3,6 +3,7 @@
 
 pub mod crictl;
 pub mod log;
+pub mod streaming;
 pub mod young;
 
 use std::path::PathBuf;

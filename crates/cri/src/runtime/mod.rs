@@ -4,9 +4,13 @@ mod container;
 mod exec;
 mod node;
 mod pod_sandbox;
+mod streaming;
+
+use std::sync::Arc;
 
 use gantry_cri_api::v1 as cri;
 use gantry_cri_api::v1::runtime_service_server::RuntimeService;
+use gantry_streaming::Server;
 use gantry_supervisor::Supervisor;
 use tokio_stream::Empty;
 use tonic::{Request, Response, Status};
@@ -23,20 +27,22 @@ type None<T> = Empty<Result<T, Status>>;
 
 pub struct Runtime {
     supervisor: Supervisor,
+    streaming: Arc<Server>,
     conditions: Conditions,
 }
 
 impl Runtime {
-    pub fn new(supervisor: Supervisor, conditions: Conditions) -> Self {
+    /// `streaming` is the server whose URLs clients are given.
+    pub fn new(supervisor: Supervisor, streaming: Arc<Server>, conditions: Conditions) -> Self {
         Self {
             supervisor,
+            streaming,
             conditions,
         }
     }
 }
 
 const STATS: &str = "statistics come with the observability work";
-const STREAMING: &str = "the streaming server is not built yet; ExecSync is served";
 
 #[tonic::async_trait]
 impl RuntimeService for Runtime {
@@ -201,19 +207,21 @@ impl RuntimeService for Runtime {
             .map(Response::new)
     }
 
-    async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
-        Err(unimplemented("Exec", STREAMING))
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        self.exec_url(request.into_inner()).await.map(Response::new)
     }
 
-    async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
-        Err(unimplemented("Attach", STREAMING))
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        self.attach_url(request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn port_forward(
         &self,
-        _: Request<cri::PortForwardRequest>,
+        request: Request<cri::PortForwardRequest>,
     ) -> Answer<cri::PortForwardResponse> {
-        Err(unimplemented("PortForward", STREAMING))
+        self.port_forward_url(request.get_ref()).map(Response::new)
     }
 
     async fn container_stats(

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use gantry_shim_api::v1::{self, request};
 use gantry_types::{ErrorKind, Kind};
@@ -29,29 +30,25 @@ const REASON: u64 = 4096;
 /// Bytes on their way to the container.
 const BUFFER: usize = 16 << 10;
 
-/// A connection to a container's streams; dropping it detaches.
+/// A connection to a container's streams.
 pub struct Attachment {
     /// Reading ends of what was asked for; a terminal's output is stdout.
     pub stdout: Option<OwnedFd>,
     pub stderr: Option<OwnedFd>,
     /// `None` when it was not asked for or the container has none to give.
     pub stdin: Option<AttachedInput>,
-    /// Ends when the container does or the shim cuts us off.
-    pipe: pipe::Receiver,
-    shim: Arc<Shim>,
-    view: Arc<ContainerView>,
-    limit: std::time::Duration,
+    pub end: AttachmentEnd,
+    pub terminal: ContainerTerminal,
 }
 
-/// What writes to a container's input.
-pub struct AttachedInput(AsyncFd<OwnedFd>);
+/// Tells when an attachment ends; dropping it detaches.
+pub struct AttachmentEnd(pipe::Receiver);
 
-impl Attachment {
-    /// Resolves when the container has ended, or with why the shim ended the attachment. To be
-    /// called once.
-    pub async fn ended(&mut self) -> Result<(), Error> {
+impl AttachmentEnd {
+    /// Resolves when the container has ended, or with why the shim ended the attachment.
+    pub async fn wait(self) -> Result<(), Error> {
         let mut reason = String::new();
-        let mut pipe = (&mut self.pipe).take(REASON);
+        let mut pipe = self.0.take(REASON);
         let read = pipe.read_to_string(&mut reason);
         read.await.map_err(|error| Error::internal(STEP, error))?;
         if reason.is_empty() {
@@ -63,11 +60,19 @@ impl Attachment {
             message: reason,
         })
     }
+}
 
-    /// Tells the container's terminal its size.
+/// The terminal of a container's first process, to be told its size.
+pub struct ContainerTerminal {
+    shim: Arc<Shim>,
+    container: String,
+    limit: Duration,
+}
+
+impl ContainerTerminal {
     pub async fn resize(&self, size: TerminalSize) -> Result<(), Error> {
         let body = v1::ResizePty {
-            container_id: self.view.facts.id.to_string(),
+            container_id: self.container.clone(),
             exec_id: String::new(),
             width: size.width.into(),
             height: size.height.into(),
@@ -77,22 +82,26 @@ impl Attachment {
     }
 }
 
+/// What writes to a container's input.
+pub struct AttachedInput(AsyncFd<OwnedFd>);
+
 impl AttachedInput {
     /// Writes all that comes to the container, until either is at its end, and lets go of it. That
-    /// is the end of the container's input if it was made with `stdin_once` and no terminal.
-    pub async fn write_from(self, mut from: impl AsyncRead + Unpin) {
+    /// is the end of the container's input if it was made with `stdin_once` and no terminal. True
+    /// if it was the client who ended it.
+    pub async fn write_from(self, mut from: impl AsyncRead + Unpin) -> bool {
         let mut buffer = vec![0; BUFFER];
         loop {
             let mut rest = match from.read(&mut buffer).await {
                 // A client that is gone has nothing more to say either.
-                Ok(0) | Err(_) => return,
+                Ok(0) | Err(_) => return true,
                 Ok(count) => &buffer[..count],
             };
             while !rest.is_empty() {
                 match self.write(rest).await {
                     Ok(count) => rest = &rest[count..],
                     // The container has closed it or has ended.
-                    Err(_) => return,
+                    Err(_) => return false,
                 }
             }
         }
@@ -122,7 +131,7 @@ async fn begin(
     shim: Arc<Shim>,
     view: Arc<ContainerView>,
     stdio: Stdio,
-    limit: std::time::Duration,
+    limit: Duration,
 ) -> Result<Attachment, Error> {
     let failed = |error: io::Error| Error::internal(STEP, error);
     let attach = v1::Attach {
@@ -158,10 +167,12 @@ async fn begin(
         stdout,
         stderr,
         stdin: stdin.transpose().map_err(failed)?,
-        pipe,
-        shim,
-        view,
-        limit,
+        end: AttachmentEnd(pipe),
+        terminal: ContainerTerminal {
+            shim,
+            container: view.facts.id.to_string(),
+            limit,
+        },
     })
 }
 
@@ -192,7 +203,6 @@ mod tests {
     use gantry_shim_api::v1::message;
     use gantry_testkit::fake_shim::{Answer, FakeShim};
     use gantry_types::{ContainerId, ContainerState, PodId};
-    use std::time::Duration;
     use tokio::sync::mpsc;
 
     #[tokio::test]

@@ -138,14 +138,16 @@ impl ExecGuard {
         }
     }
 
-    /// Kills the command's whole tree.
-    pub(super) async fn kill(&self) -> Result<(), Error> {
+    /// Kills the command's tree now.
+    pub(super) async fn kill(&mut self) -> Result<(), Error> {
         let body = v1::KillExec {
             container_id: self.container.clone(),
             exec_id: self.exec_id.clone(),
         };
         let body = request::Body::KillExec(body);
-        self.shim.done(body, self.limit).await
+        self.shim.done(body, self.limit).await?;
+        self.armed = false;
+        Ok(())
     }
 }
 

@@ -29,14 +29,14 @@ use crate::pod::{Driver, Reply, Request, answer};
 use crate::records::{container_state, set_container_state};
 use crate::registry::{ContainerFacts, ContainerView};
 
-pub use attach::Attachment;
 pub(crate) use attach::attach;
+pub use attach::{AttachedInput, Attachment, AttachmentEnd, ContainerTerminal};
 pub(crate) use create::half_made;
 pub(crate) use exec::exec_sync;
 pub use exec::{ExecOutput, TerminalSize};
 pub(crate) use mounts::unmount;
 pub(crate) use session::exec;
-pub use session::{Exec, ExecIo};
+pub use session::{Exec, ExecIo, ExecProcess, Terminal};
 pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files};
 
 pub(crate) struct Container {

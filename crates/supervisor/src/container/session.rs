@@ -16,6 +16,13 @@ use crate::{Context, Error, Stdio};
 
 const STEP: &str = "exec";
 
+/// A command that was started for a client.
+pub struct Exec {
+    pub io: ExecIo,
+    pub terminal: Option<Terminal>,
+    pub process: ExecProcess,
+}
+
 /// Our ends of a command's streams.
 #[derive(Debug)]
 pub enum ExecIo {
@@ -25,46 +32,47 @@ pub enum ExecIo {
         stdout: Option<OwnedFd>,
         stderr: Option<OwnedFd>,
     },
-    /// The terminal's master. It hangs up when all copies are closed, that of [`Exec`] too.
+    /// The terminal's master. Its processes get SIGHUP when it is closed and the [`Terminal`] is.
     Terminal(OwnedFd),
 }
 
-/// A command that runs. Dropped before its end, its whole process tree is killed.
-pub struct Exec {
+/// A command's terminal, to be told its size.
+#[derive(Debug)]
+pub struct Terminal(OwnedFd);
+
+impl Terminal {
+    pub fn resize(&self, size: TerminalSize) -> Result<(), Error> {
+        gantry_sys::pty::resize(&self.0, size.width, size.height)
+            .map_err(|error| Error::internal("resize the terminal", error))
+    }
+}
+
+/// The process of a command. Dropped before its end, the whole process tree is killed.
+pub struct ExecProcess {
     guard: ExecGuard,
     exit: oneshot::Receiver<i32>,
-    terminal: Option<OwnedFd>,
+    code: Option<i32>,
     pod: String,
 }
 
-impl Exec {
+impl ExecProcess {
     /// The exit code, 128 + n after signal n, once the command has ended. May be dropped and called
-    /// again; after it has answered it is not to be called.
+    /// again.
     pub async fn exit(&mut self) -> Result<i32, Error> {
+        if let Some(code) = self.code {
+            return Ok(code);
+        }
         let code = (&mut self.exit).await.map_err(|_| Error::Shim {
             pod: self.pod.clone(),
             reason: "lost while a command ran".to_owned(),
         })?;
         self.guard.armed = false;
+        self.code = Some(code);
         Ok(code)
     }
 
-    /// Tells the command's terminal its size. Without a terminal nothing happens.
-    pub fn resize(&self, size: TerminalSize) -> Result<(), Error> {
-        match &self.terminal {
-            Some(terminal) => gantry_sys::pty::resize(terminal, size.width, size.height)
-                .map_err(|error| Error::internal("resize the terminal", error)),
-            None => Ok(()),
-        }
-    }
-
-    /// Lets go of the terminal: with the last copy closed its processes get SIGHUP.
-    pub fn hang_up(&mut self) {
-        self.terminal = None;
-    }
-
-    /// Kills the command and all its descendants; its exit code follows.
-    pub async fn kill(&self) -> Result<(), Error> {
+    /// Kills the process and all that it began.
+    pub async fn kill(&mut self) -> Result<(), Error> {
         self.guard.kill().await
     }
 }
@@ -76,7 +84,7 @@ pub(crate) async fn exec(
     command: Vec<String>,
     stdio: Stdio,
     terminal: Option<TerminalSize>,
-) -> Result<(ExecIo, Exec), Error> {
+) -> Result<Exec, Error> {
     let bundle = ctx.records.dirs.container(&view.facts.id);
     let process = blocking(move || process_json(&bundle, command, terminal)).await?;
     let (fds, io) = match terminal {
@@ -97,22 +105,26 @@ pub(crate) async fn exec(
     };
     let limit = ctx.settings.timeouts.runtime * 2;
     let (_, master) = shim.started(request::Body::Exec(body), fds, limit).await?;
-    let mut exec = Exec {
+    let process = ExecProcess {
         guard,
         exit,
-        terminal: None,
+        code: None,
         pod: view.facts.pod.to_string(),
     };
-    let io = match (io, master) {
-        (Some(pipes), _) => pipes,
+    let (io, terminal) = match (io, master) {
+        (Some(pipes), _) => (pipes, None),
         (None, Some(master)) => {
             let copy = master.try_clone();
-            exec.terminal = Some(copy.map_err(|error| Error::internal(STEP, error))?);
-            ExecIo::Terminal(master)
+            let copy = copy.map_err(|error| Error::internal(STEP, error))?;
+            (ExecIo::Terminal(master), Some(Terminal(copy)))
         }
         (None, None) => return Err(Error::internal(STEP, "the shim sent no terminal")),
     };
-    Ok((io, exec))
+    Ok(Exec {
+        io,
+        terminal,
+        process,
+    })
 }
 
 /// Pipes for what is wanted and /dev/null for what is not: the command's ends of stdin, stdout and

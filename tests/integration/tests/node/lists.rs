@@ -355,12 +355,6 @@ fn calls_of_later_days_are_unimplemented() {
                 .stream_pod_sandbox_metrics(cri::StreamPodSandboxMetricsRequest::default())
                 .await
                 .map(drop),
-            client.exec(v1::ExecRequest::default()).await.map(drop),
-            client.attach(v1::AttachRequest::default()).await.map(drop),
-            client
-                .port_forward(v1::PortForwardRequest::default())
-                .await
-                .map(drop),
             client
                 .container_stats(v1::ContainerStatsRequest::default())
                 .await

@@ -20,6 +20,7 @@ mod restart;
 mod security;
 mod stop;
 mod store;
+mod streaming;
 mod systemd;
 mod userns;
 mod walk;
