@@ -36,6 +36,16 @@ pub enum Whiteouts {
     Apply,
 }
 
+/// Whose the files of a mount are, beside what the image says. The default is: nobody's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner<'a> {
+    /// Path of a user namespace: files belong to the ids that their owners in the image have in
+    /// there.
+    pub user_namespace: Option<&'a Path>,
+    /// SELinux context of every file (`context=`, mount(8)).
+    pub label: Option<&'a str>,
+}
+
 pub trait Snapshotter: Send + Sync + 'static {
     fn name(&self) -> &'static str;
 
@@ -76,26 +86,20 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Makes the writable part of a container's root; idempotent. `layers` from base to top.
     fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error>;
 
-    /// Mounts a prepared snapshot at `target` (an existing directory); idempotent. With
-    /// `user_namespace`, the path of one, its files belong to the ids that their owners in the
-    /// image have in there. FailedPrecondition where kernel or file system cannot do that.
+    /// Mounts a prepared snapshot at `target` (an existing directory); idempotent.
+    /// FailedPrecondition where kernel or file system cannot make its files `owner`'s.
     fn mount(
         &self,
         container: &ContainerId,
         layers: &[Digest],
         target: &Path,
-        user_namespace: Option<&Path>,
+        owner: Owner<'_>,
     ) -> Result<(), Error>;
 
     /// Mounts `layers` (base to top) at `target` (an existing directory) so that nobody can write
     /// to them, whatever flags a process with every capability changes on its own mount of it;
-    /// idempotent. No layers make an empty tree. `user_namespace` as for [`Snapshotter::mount`].
-    fn view(
-        &self,
-        layers: &[Digest],
-        target: &Path,
-        user_namespace: Option<&Path>,
-    ) -> Result<(), Error>;
+    /// idempotent. No layers make an empty tree. `owner` as for [`Snapshotter::mount`].
+    fn view(&self, layers: &[Digest], target: &Path, owner: Owner<'_>) -> Result<(), Error>;
 
     /// A directory beside the writable part of a prepared snapshot, counted and removed with it:
     /// for what a container keeps outside its root, the volumes of its image. Made if absent.

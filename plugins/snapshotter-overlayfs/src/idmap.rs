@@ -21,12 +21,6 @@ fn failed(what: &str, path: &Path, error: io::Error) -> Error {
     Error::io(format_args!("{what} {}", path.display()), error)
 }
 
-/// Makes `from` appear at `target` as the user namespace at `namespace` sees it.
-pub fn bind(from: &Path, target: &Path, namespace: &Path) -> Result<(), Error> {
-    let user = File::open(namespace).map_err(|e| failed("open", namespace, e))?;
-    attach(map(from, &user)?, target).map_err(|e| failed("mount at", target, e))
-}
-
 /// Mounts `dirs` at `target` as the user namespace at `namespace` sees it.
 pub fn mount(dirs: &Overlay, target: &Path, namespace: &Path) -> Result<(), Error> {
     let user = File::open(namespace).map_err(|e| failed("open", namespace, e))?;
@@ -134,6 +128,7 @@ mod tests {
                 upper: at("upper"),
                 work: at("work"),
             }),
+            label: None,
         };
         let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
         match mount(&dirs, &at("target"), &namespace.path()) {

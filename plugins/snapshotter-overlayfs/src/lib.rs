@@ -23,7 +23,7 @@ mod snapshots;
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
-use gantry_ports::snapshotter::{Snapshotter, Stage, Usage, Whiteouts};
+use gantry_ports::snapshotter::{Owner, Snapshotter, Stage, Usage, Whiteouts};
 use gantry_types::{ContainerId, Digest};
 
 use layout::Layout;
@@ -97,18 +97,13 @@ impl Snapshotter for Overlayfs {
         container: &ContainerId,
         layers: &[Digest],
         target: &Path,
-        user_namespace: Option<&Path>,
+        owner: Owner<'_>,
     ) -> Result<(), Error> {
-        snapshots::mount(&self.layout, container, layers, target, user_namespace)
+        snapshots::mount(&self.layout, container, layers, target, owner)
     }
 
-    fn view(
-        &self,
-        layers: &[Digest],
-        target: &Path,
-        user_namespace: Option<&Path>,
-    ) -> Result<(), Error> {
-        snapshots::view(&self.layout, layers, target, user_namespace)
+    fn view(&self, layers: &[Digest], target: &Path, owner: Owner<'_>) -> Result<(), Error> {
+        snapshots::view(&self.layout, layers, target, owner)
     }
 
     fn volumes(&self, container: &ContainerId) -> Result<PathBuf, Error> {

@@ -8,8 +8,7 @@ use gantry_ports::Error;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
 };
 
 /// The directories of one overlay mount.
@@ -18,6 +17,8 @@ pub struct Overlay {
     pub lower: Vec<PathBuf>,
     /// Without it nobody can write: the file system itself is read-only.
     pub writable: Option<Writable>,
+    /// SELinux context of every file.
+    pub label: Option<String>,
 }
 
 pub struct Writable {
@@ -42,30 +43,6 @@ pub fn overlay(dirs: &Overlay, target: &Path) -> Result<(), Error> {
         other => other,
     }
     .map_err(|failure| failure.at(target))
-}
-
-/// Makes `from` appear at `target`.
-pub fn bind(from: &Path, target: &Path) -> Result<(), Error> {
-    let attach = || {
-        let tree = rustix::mount::open_tree(
-            CWD,
-            from,
-            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-        )?;
-        rustix::mount::move_mount(
-            tree,
-            "",
-            CWD,
-            target,
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
-    attach().map_err(|e: Errno| {
-        Error::io(
-            format_args!("bind {} to {}", from.display(), target.display()),
-            e.into(),
-        )
-    })
 }
 
 /// Whether something is mounted at `path`; a path that does not exist is an error.
@@ -178,6 +155,9 @@ fn with_context(dirs: &Overlay, target: &Path) -> Result<(), Failure> {
     if knows_index() {
         set("index", Path::new("off"))?;
     }
+    if let Some(label) = &dirs.label {
+        set("context", Path::new(label))?;
+    }
     rustix::mount::fsconfig_create(&context).map_err(|errno| Failure {
         step: "create",
         errno,
@@ -219,6 +199,10 @@ fn with_page(dirs: &Overlay, target: &Path) -> Result<(), Failure> {
     }
     if knows_index() {
         options.extend_from_slice(b",index=off");
+    }
+    if let Some(label) = &dirs.label {
+        // In quotes: the categories of a context are separated by commas.
+        options.extend_from_slice(format!(",context=\"{label}\"").as_bytes());
     }
     if options.len() > PAGE_MAX {
         return Err(Failure {
@@ -277,7 +261,11 @@ mod tests {
         fs::create_dir(&upper).unwrap();
         fs::create_dir(&work).unwrap();
         let writable = Some(Writable { upper, work });
-        Overlay { lower, writable }
+        Overlay {
+            lower,
+            writable,
+            label: None,
+        }
     }
 
     fn check(
@@ -298,6 +286,33 @@ mod tests {
         unmount(&target).unwrap();
         assert_eq!((names, top), (layers + 1, (layers - 1).to_string()));
         Ok(())
+    }
+
+    /// Without SELinux no file system takes a context: better no mount than one without its label.
+    #[test]
+    fn a_label_is_handed_to_the_kernel() {
+        const NAME: &str = "a_label_is_handed_to_the_kernel";
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIP {NAME}: mounting needs root");
+            return;
+        }
+        let work = tempfile::tempdir().unwrap();
+        let mut dirs = dirs(work.path(), 2);
+        let target = work.path().join("target");
+        fs::create_dir_all(&target).unwrap();
+        dirs.label = Some("system_u:object_r:container_file_t:s0:c1,c2".to_owned());
+        let made = overlay(&dirs, &target);
+        if Path::new("/sys/fs/selinux/enforce").exists() {
+            made.unwrap();
+            unmount(&target).unwrap();
+            return;
+        }
+        let error = made.unwrap_err().to_string();
+        assert!(
+            error.contains("context") || error.contains("mount"),
+            "{error}"
+        );
+        assert!(!is_mount_point(&target).unwrap());
     }
 
     #[test]
@@ -342,6 +357,7 @@ mod tests {
                 upper: "/nonexistent/upper".into(),
                 work: "/nonexistent/work".into(),
             }),
+            label: None,
         };
         if !rustix::process::geteuid().is_root() {
             println!("SKIP a_failed_mount_names_the_target: mounting needs root");

@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
-use gantry_ports::snapshotter::Usage;
+use gantry_ports::snapshotter::{Owner, Usage};
 use gantry_types::Digest;
 use gantry_types::{ContainerId, ErrorKind};
 
@@ -67,7 +67,7 @@ pub fn mount(
     container: &ContainerId,
     layers: &[Digest],
     target: &Path,
-    user_namespace: Option<&Path>,
+    owner: Owner<'_>,
 ) -> Result<(), Error> {
     let snapshot = layout.snapshot(container);
     let upper = snapshot.join("fs");
@@ -80,30 +80,32 @@ pub fn mount(
     if mount::is_mount_point(target)? {
         return Ok(());
     }
-    let lower = lowers(layout, layers)?;
-    let writable = mount::Writable {
+    let mut lower = lowers(layout, layers)?;
+    if lower.is_empty() {
+        // overlayfs wants at least one.
+        lower.push(layout.empty(0));
+    }
+    let writable = Some(mount::Writable {
         upper,
         work: snapshot.join("work"),
-    };
-    match user_namespace {
-        Some(namespace) if lower.is_empty() => idmap::bind(&writable.upper, target, namespace),
-        // overlayfs wants at least one lower directory.
-        None if lower.is_empty() => mount::bind(&writable.upper, target),
-        _ => {
-            let writable = Some(writable);
-            overlay(&mount::Overlay { lower, writable }, target, user_namespace)
-        }
-    }
+    });
+    overlay(lower, writable, target, owner)
 }
 
 fn overlay(
-    dirs: &mount::Overlay,
+    lower: Vec<PathBuf>,
+    writable: Option<mount::Writable>,
     target: &Path,
-    user_namespace: Option<&Path>,
+    owner: Owner<'_>,
 ) -> Result<(), Error> {
-    match user_namespace {
-        Some(namespace) => idmap::mount(dirs, target, namespace),
-        None => mount::overlay(dirs, target),
+    let dirs = mount::Overlay {
+        lower,
+        writable,
+        label: owner.label.map(str::to_owned),
+    };
+    match owner.user_namespace {
+        Some(namespace) => idmap::mount(&dirs, target, namespace),
+        None => mount::overlay(&dirs, target),
     }
 }
 
@@ -117,7 +119,7 @@ pub fn view(
     layout: &Layout,
     layers: &[Digest],
     target: &Path,
-    user_namespace: Option<&Path>,
+    owner: Owner<'_>,
 ) -> Result<(), Error> {
     if mount::is_mount_point(target)? {
         return Ok(());
@@ -128,8 +130,7 @@ pub fn view(
     for n in 0..2_usize.saturating_sub(lower.len()) {
         lower.push(layout.empty(n));
     }
-    let writable = None;
-    overlay(&mount::Overlay { lower, writable }, target, user_namespace)
+    overlay(lower, None, target, owner)
 }
 
 pub fn volumes(layout: &Layout, container: &ContainerId) -> Result<PathBuf, Error> {

@@ -322,7 +322,7 @@ async fn busybox_is_a_whole_system() {
     std::fs::create_dir(&target).unwrap();
     node.snapshotter.prepare(&id, &found.layers).unwrap();
     node.snapshotter
-        .mount(&id, &found.layers, &target, None)
+        .mount(&id, &found.layers, &target, Default::default())
         .unwrap();
     let run = std::process::Command::new("chroot")
         .arg(&target)

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use gantry_types::{ContainerId, Digest};
 
-use crate::snapshotter::{Snapshotter, Usage, Whiteouts};
+use crate::snapshotter::{Owner, Snapshotter, Usage, Whiteouts};
 
 fn digest(n: u8) -> Digest {
     Digest::sha256([n; 32])
@@ -117,8 +117,9 @@ fn a_snapshot_is_mounted_written_and_removed(s: &dyn Snapshotter, target: &Path)
     s.prepare(&id, &layers).expect("prepare");
     s.prepare(&id, &layers).expect("prepare is idempotent");
     assert_eq!(s.snapshots().expect("snapshots"), std::slice::from_ref(&id));
-    s.mount(&id, &layers, target, None).expect("mount");
-    s.mount(&id, &layers, target, None)
+    s.mount(&id, &layers, target, Owner::default())
+        .expect("mount");
+    s.mount(&id, &layers, target, Owner::default())
         .expect("mount is idempotent");
     assert_eq!(
         fs::read_to_string(target.join("etc/hostname")).expect("base"),
@@ -138,7 +139,8 @@ fn a_snapshot_is_mounted_written_and_removed(s: &dyn Snapshotter, target: &Path)
     let after = s.usage(&id).expect("usage");
     assert!(after.bytes >= before.bytes + 100_000 && after.inodes > before.inodes);
 
-    s.mount(&id, &layers, target, None).expect("mount again");
+    s.mount(&id, &layers, target, Owner::default())
+        .expect("mount again");
     assert!(target.join("big").exists() && !target.join("etc/motd").exists());
     s.unmount(target).expect("unmount");
     s.remove(&id).expect("remove");
@@ -161,7 +163,8 @@ fn deletions_hide_the_parent(s: &dyn Snapshotter, target: &Path) {
         let id = container(2);
         let layers = [digest(1), digest(4)];
         s.prepare(&id, &layers).expect("prepare");
-        s.mount(&id, &layers, target, None).expect("mount");
+        s.mount(&id, &layers, target, Owner::default())
+            .expect("mount");
         assert!(!target.join("etc/hostname").exists());
         s.unmount(target).expect("unmount");
         s.remove(&id).expect("remove");
@@ -183,7 +186,7 @@ fn the_root_has_the_mode_of_the_top_layer(s: &dyn Snapshotter, target: &Path) {
     let id = container(3);
     s.prepare(&id, std::slice::from_ref(&chain))
         .expect("prepare");
-    s.mount(&id, std::slice::from_ref(&chain), target, None)
+    s.mount(&id, std::slice::from_ref(&chain), target, Owner::default())
         .expect("mount of a single layer");
     let root = fs::metadata(target).expect("stat");
     assert_eq!((mode(target), root.uid(), root.gid()), (0o1777, 1234, 4321));
@@ -194,7 +197,7 @@ fn the_root_has_the_mode_of_the_top_layer(s: &dyn Snapshotter, target: &Path) {
 fn an_image_without_layers_is_an_empty_root(s: &dyn Snapshotter, target: &Path) {
     let id = container(4);
     s.prepare(&id, &[]).expect("prepare");
-    s.mount(&id, &[], target, None).expect("mount");
+    s.mount(&id, &[], target, Owner::default()).expect("mount");
     assert_eq!(fs::read_dir(target).expect("read").count(), 0);
     fs::write(target.join("x"), "x").expect("writable");
     s.unmount(target).expect("unmount");
@@ -209,8 +212,9 @@ fn a_view_shows_layers_and_nobody_can_write(s: &dyn Snapshotter, target: &Path) 
         (vec![base], vec!["bin", "etc"]),
         (Vec::new(), Vec::new()),
     ] {
-        s.view(&layers, target, None).expect("view");
-        s.view(&layers, target, None).expect("view is idempotent");
+        s.view(&layers, target, Owner::default()).expect("view");
+        s.view(&layers, target, Owner::default())
+            .expect("view is idempotent");
         let mut found: Vec<_> = fs::read_dir(target)
             .expect("read")
             .map(|entry| entry.expect("entry").file_name())
@@ -225,7 +229,7 @@ fn a_view_shows_layers_and_nobody_can_write(s: &dyn Snapshotter, target: &Path) 
         assert_eq!(fs::read_dir(target).expect("read").count(), 0);
     }
     assert!(
-        s.view(&[digest(99)], target, None).is_err(),
+        s.view(&[digest(99)], target, Owner::default()).is_err(),
         "an absent layer"
     );
     assert!(s.snapshots().expect("snapshots").is_empty());

@@ -369,15 +369,15 @@ fn steps(
     ctx.records
         .begin_container(&facts.id, &facts.record, &status)?;
     failpoint::at("container::after-intent")?;
-    let user = root::user(ctx, pod);
-    if let Some(user) = &user {
+    let owners = root::Owners::of(ctx, pod, facts)?;
+    if let Some(user) = &owners.user {
         let bundle = ctx.records.dirs.container(&facts.id);
         open_to_group(&bundle, user.gid)
             .map_err(|error| Error::io("open bundle", &bundle, &error))?;
     }
-    root::make(ctx, facts, image, user.as_ref())?;
+    root::make(ctx, facts, image, &owners)?;
     failpoint::at("container::after-root")?;
-    let volumes = root::volumes(ctx, facts, image, user.as_ref())?;
+    let volumes = root::volumes(ctx, facts, image, owners.user.as_ref())?;
 
     let parent = pod
         .config
@@ -392,6 +392,7 @@ fn steps(
         container: facts,
         image,
         place: &place,
+        owners: &owners,
         target_pid,
     };
     let resolved = Resolved {

@@ -16,7 +16,7 @@ use gantry_store::record;
 use gantry_sys::fs::OFlags;
 use gantry_types::{ContainerId, Digest, ErrorKind};
 
-use super::root::User;
+use super::root::Owners;
 use crate::registry::ContainerFacts;
 use crate::rundir::{make_dir, names};
 use crate::{Context, Error};
@@ -67,7 +67,7 @@ pub(super) fn image_records(images: &[(usize, ImageInUse)]) -> Vec<record::Image
 pub(super) fn resolve(
     ctx: &Context,
     facts: &ContainerFacts,
-    user: Option<&User>,
+    owners: &Owners,
 ) -> Result<Vec<HostMount>, Error> {
     let mut table = None;
     let mut mounts = Vec::with_capacity(facts.config.mounts.len());
@@ -75,7 +75,7 @@ pub(super) fn resolve(
         let path = match source(mount).map_err(Error::step(STEP))? {
             Source::Host(path) => host_path(ctx, mount, path)?,
             Source::Image { sub_path, .. } => {
-                let view = view(ctx, facts, n, mount, user)?;
+                let view = view(ctx, facts, n, mount, owners)?;
                 image_path(view, mount, sub_path)?
             }
         };
@@ -160,7 +160,7 @@ fn view(
     facts: &ContainerFacts,
     n: usize,
     mount: &cri::Mount,
-    user: Option<&User>,
+    owners: &Owners,
 ) -> Result<PathBuf, Error> {
     let recorded = facts.record.image_mounts.iter();
     let image = recorded
@@ -176,7 +176,7 @@ fn view(
     let view = ctx.records.dirs.images(&facts.id).join(n.to_string());
     make_dir(&view).map_err(|error| Error::io(STEP, &view, &error))?;
     ctx.snapshotter
-        .view(&layers, &view, user.map(|user| user.namespace.as_path()))
+        .view(&layers, &view, owners.of_mount())
         .map_err(|error| image_error(mount, error))?;
     Ok(view)
 }

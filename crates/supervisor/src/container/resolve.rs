@@ -17,6 +17,7 @@ use gantry_spec::user::User;
 use gantry_sys::fs::OFlags;
 
 use super::devices;
+use super::root::Owners;
 use crate::cgroup::Place;
 use crate::pod::Asked;
 use crate::registry::{ContainerFacts, PodFacts};
@@ -63,8 +64,31 @@ pub(super) struct Sources<'a> {
     pub container: &'a ContainerFacts,
     pub image: &'a Image,
     pub place: &'a Place,
+    pub owners: &'a Owners,
     /// First process of the target container.
     pub target_pid: Option<i32>,
+}
+
+/// Labels of a container; `None` where SELinux is off, and then options are checked all the same.
+pub(super) fn selinux(
+    ctx: &Context,
+    pod: &PodFacts,
+    config: &cri::ContainerConfig,
+) -> Result<Option<SelinuxLabels>, Error> {
+    let linux = config.linux.as_ref();
+    let security = linux.and_then(|linux| linux.security_context.as_ref());
+    let own = security.and_then(|security| security.selinux_options.as_ref());
+    let step = Error::step("resolve SELinux labels");
+    let Some(defaults) = &ctx.settings.host.selinux else {
+        own.map_or(Ok(()), gantry_spec::selinux::check)
+            .map_err(step)?;
+        return Ok(None);
+    };
+    let pods = crate::pod::selinux_options(&pod.config);
+    let privileged = security.is_some_and(|security| security.privileged);
+    gantry_spec::selinux::labels(defaults, pods, own, &pod.id, privileged)
+        .map(Some)
+        .map_err(step)
 }
 
 impl Sources<'_> {
@@ -115,11 +139,7 @@ impl Sources<'_> {
                     ctx.records.dirs.shm(&self.pod.id)
                 }),
             },
-            mounts: super::mounts::resolve(
-                ctx,
-                self.container,
-                super::root::user(ctx, self.pod).as_ref(),
-            )?,
+            mounts: super::mounts::resolve(ctx, self.container, self.owners)?,
             volumes: Vec::new(),
             devices,
             cdi,
@@ -150,31 +170,13 @@ impl Sources<'_> {
                 .host
                 .apparmor()
                 .map_err(|error| Error::internal("look at AppArmor", error))?,
-            selinux: self.selinux(security)?,
+            selinux: selinux(ctx, self.pod, config)?,
             recursive_read_only: handler
                 .is_some_and(|handler| handler.features.recursive_read_only_mounts),
             annotations: handler
                 .map(|handler| handler.annotations.clone())
                 .unwrap_or_default(),
         })
-    }
-
-    fn selinux(
-        &self,
-        security: Option<&cri::LinuxContainerSecurityContext>,
-    ) -> Result<Option<SelinuxLabels>, Error> {
-        let own = security.and_then(|security| security.selinux_options.as_ref());
-        let step = Error::step("resolve SELinux labels");
-        let Some(defaults) = &self.ctx.settings.host.selinux else {
-            own.map_or(Ok(()), gantry_spec::selinux::check)
-                .map_err(step)?;
-            return Ok(None);
-        };
-        let pods = crate::pod::selinux_options(&self.pod.config);
-        let privileged = security.is_some_and(|security| security.privileged);
-        gantry_spec::selinux::labels(defaults, pods, own, &self.pod.id, privileged)
-            .map(Some)
-            .map_err(step)
     }
 
     fn user(&self, rootfs: &Path) -> Result<User, Error> {

@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use gantry_images::Image;
+use gantry_ports::snapshotter::Owner;
 use gantry_spec::resolved::Volume;
 use gantry_sys::fs::{self, FileType, OFlags};
 
@@ -28,7 +29,31 @@ pub(super) struct User {
     pub gid: u32,
 }
 
-pub(super) fn user(ctx: &Context, pod: &PodFacts) -> Option<User> {
+/// Whose the files of the container's mounts are.
+pub(super) struct Owners {
+    pub user: Option<User>,
+    /// SELinux context of what it mounts; `None` where SELinux is off.
+    pub label: Option<String>,
+}
+
+impl Owners {
+    pub fn of(ctx: &Context, pod: &PodFacts, facts: &ContainerFacts) -> Result<Self, Error> {
+        let labels = super::resolve::selinux(ctx, pod, &facts.config)?;
+        Ok(Self {
+            user: user(ctx, pod),
+            label: labels.map(|labels| labels.mount),
+        })
+    }
+
+    pub fn of_mount(&self) -> Owner<'_> {
+        Owner {
+            user_namespace: self.user.as_ref().map(|user| user.namespace.as_path()),
+            label: self.label.as_deref(),
+        }
+    }
+}
+
+fn user(ctx: &Context, pod: &PodFacts) -> Option<User> {
     let mapping = Asked::of(&pod.config).user?;
     Some(User {
         namespace: ctx.records.dirs.pins(&pod.id).join("user"),
@@ -42,7 +67,7 @@ pub(super) fn make(
     ctx: &Context,
     facts: &ContainerFacts,
     image: &Image,
-    user: Option<&User>,
+    owners: &Owners,
 ) -> Result<(), Error> {
     let rootfs = ctx.records.dirs.rootfs(&facts.id);
     make_dir(&rootfs).map_err(|error| Error::io("make root", &rootfs, &error))?;
@@ -51,12 +76,7 @@ pub(super) fn make(
         .prepare(&facts.id, &image.layers)
         .map_err(&step)?;
     ctx.snapshotter
-        .mount(
-            &facts.id,
-            &image.layers,
-            &rootfs,
-            user.map(|user| user.namespace.as_path()),
-        )
+        .mount(&facts.id, &image.layers, &rootfs, owners.of_mount())
         .map_err(&step)?;
     plain_dev(&rootfs).map_err(|error| Error::io("prepare root", &rootfs.join("dev"), &error))
 }
