@@ -108,8 +108,9 @@ ensure_rust() {
         install_rust
     fi
     for component; do
-        have "$component" && continue
-        case $component in cargo-clippy) component=clippy ;; esac
+        # rustup puts the names of all components into PATH, there or not.
+        "$component" --version >/dev/null 2>&1 && continue
+        case $component in cargo-clippy) component=clippy ;; cargo-fmt) component=rustfmt ;; esac
         have rustup || die "$component is missing; install it beside cargo"
         rustup component add "$component" >/dev/null 2>&1 || die "rustup could not add $component"
     done
