@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -50,6 +50,15 @@ impl Crictl {
             text(&output.stdout),
             text(&output.stderr),
         )
+    }
+
+    /// Starts a command with its standard input and output as pipes.
+    pub fn spawn(&self, args: &[&str]) -> Child {
+        self.command(&[], args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{}: {e}", self.program.display()))
     }
 
     /// A command in the daemon's network, run by the program that `wrapper` is.

@@ -617,3 +617,54 @@ fn crictl_has_streams() {
         assert!(node.is_running(&id).await);
     });
 }
+
+/// Bytes that repeat after no round number, so that a piece that is lost, doubled or moved shows.
+fn pattern() -> Vec<u8> {
+    let mut state = 1_u32;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state.to_le_bytes()[0]
+    };
+    std::iter::repeat_with(&mut next).take(1_000_003).collect()
+}
+
+#[test]
+fn a_gibibyte_goes_through_an_exec_both_ways() {
+    const NAME: &str = "a_gibibyte_goes_through_an_exec_both_ways";
+    const PIECES: usize = (1 << 30) / 1_000_003 + 1;
+    let Some(program) = Crictl::find(NAME) else {
+        return;
+    };
+    on_plain_node(NAME, async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("stream").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        let crictl = Crictl::new(&program, &node.daemon);
+        for transport in ["spdy", "websocket"] {
+            let mut child = crictl.spawn(&["exec", "-i", "-r", transport, &id, "cat"]);
+            let (mut stdin, mut stdout) =
+                (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+            let pieces = pattern();
+            let sent = pieces.clone();
+            let writer = std::thread::spawn(move || {
+                for _ in 0..PIECES {
+                    stdin.write_all(&sent).unwrap();
+                }
+            });
+            let mut received = vec![0; pieces.len()];
+            for n in 0..PIECES {
+                stdout.read_exact(&mut received).unwrap();
+                assert!(received == pieces, "{transport}: piece {n} is another");
+            }
+            assert_eq!(
+                stdout.read(&mut received).unwrap(),
+                0,
+                "{transport}: more than was sent"
+            );
+            writer.join().unwrap();
+            assert!(child.wait().unwrap().success(), "{transport}");
+        }
+    });
+}
