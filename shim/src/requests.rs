@@ -244,7 +244,8 @@ impl Shim {
     /// The runtime has ended: go on with what it was for.
     pub fn call_ended(&mut self, call: Call, ended: Ended) {
         let command = call.purpose.command();
-        let result = if call.timed_out {
+        // The deadline may have been moved to now (`kill_exec`) in the moment the call ended.
+        let result = if call.timed_out || call.deadline <= Instant::now() {
             Err(Error::Deadline {
                 command,
                 seconds: self.timeout.as_secs(),

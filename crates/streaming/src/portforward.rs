@@ -132,6 +132,14 @@ impl Half {
             Kind::Error => &mut self.error,
         }
     }
+
+    fn was_reset(&self) -> bool {
+        let streams = [&self.data, &self.error];
+        streams
+            .into_iter()
+            .flatten()
+            .any(|stream| stream.output.channel().was_reset())
+    }
 }
 
 /// Starts a connection for each pair of streams, until the session is over.
@@ -141,7 +149,8 @@ async fn forward_pairs(
     backend: Arc<dyn Backend>,
     limit: Duration,
 ) {
-    // Half pairs are open streams: the session bounds how many there are.
+    // Half pairs are open streams, and the session bounds how many there are. One that was reset
+    // does not count there any more, so it must not stay here.
     let mut halves: HashMap<String, Half> = HashMap::new();
     let mut forwards = JoinSet::new();
     loop {
@@ -149,6 +158,7 @@ async fn forward_pairs(
         tokio::select! {
             next = incoming.recv() => {
                 let Some(next) = next else { break };
+                halves.retain(|_, half| !half.was_reset());
                 let Some(kind) = Kind::of(&next.headers) else { continue };
                 let id = request_id(&next, kind);
                 let half = halves.entry(id.clone()).or_insert_with(|| Half {

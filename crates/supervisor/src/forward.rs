@@ -52,6 +52,10 @@ pub(crate) async fn connect(ctx: &Context, pod: &PodView, port: u16) -> Result<F
         let connected = async { socket.await?.connect(address).await };
         match timeout(CONNECT_LIMIT, connected).await {
             Ok(Ok(stream)) => {
+                // Small writes of a client must not wait for the answer to the last one.
+                stream
+                    .set_nodelay(true)
+                    .map_err(|error| Error::internal("forward to the pod", error))?;
                 return Ok(Forward {
                     stream,
                     _permit: permit,

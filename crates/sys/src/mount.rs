@@ -57,14 +57,16 @@ pub fn attach(tree: OwnedFd, target: &Path) -> io::Result<()> {
     Ok(rm::move_mount(tree, "", rustix::fs::CWD, target, flags)?)
 }
 
-/// The sysfs of this process's network namespace, writable and mounted nowhere: it lasts as long
-/// as the descriptor. All mounts of one network namespace's sysfs share a superblock, which stays
+/// The sysfs of this process's network namespace, mounted nowhere: it lasts as long as the
+/// descriptor. Its superblock is writable, and other mounts of it may be; this one is not, since
+/// whoever gets at the descriptor must not write to the host's devices. All mounts of one network namespace's sysfs share a superblock, which stays
 /// read-only for all of them if the mount(2) that made it asked for that (sget_fc(), fs/super.c).
 pub fn detached_sysfs() -> io::Result<OwnedFd> {
     use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
     let context = rm::fsopen("sysfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     rm::fsconfig_create(&context)?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     Ok(rm::fsmount(

@@ -73,6 +73,14 @@ fn the_holder_is_confined_and_its_namespaces_are_pinned() {
         .collect();
     assert_eq!(open.len(), 1, "{open:?}");
     assert!(open[0].is_dir(), "{open:?}");
+    // Also for one who may trace it, the host's devices are not to be written to.
+    let held = format!("/proc/{holder}/fd/0/class/net/lo/tx_queue_len");
+    let error = std::fs::write(&held, "7").unwrap_err();
+    assert_eq!(
+        error.kind(),
+        std::io::ErrorKind::ReadOnlyFilesystem,
+        "{held}"
+    );
     let seen = gantry_sys::namespace::in_netns(&pod.netns, || {
         let flags = std::fs::read_to_string("/sys/class/net/lo/flags").unwrap_or_default();
         (

@@ -20,6 +20,9 @@ use crate::registry::{ContainerFacts, PodFacts};
 use crate::rundir::make_dir;
 use crate::{Context, Error};
 
+/// VOLUMEs that an image may have: each is a copy of what it has there.
+const MAX_VOLUMES: usize = 64;
+
 /// The user namespace of a pod that has one.
 pub(super) struct User {
     /// Where it is pinned.
@@ -110,6 +113,12 @@ pub(super) fn volumes(
         .map_err(Error::step("make volume"))?;
     if places.is_empty() {
         return Ok(Vec::new());
+    }
+    if places.len() > MAX_VOLUMES {
+        return Err(Error::Invalid {
+            field: "image config Volumes".to_owned(),
+            reason: format!("has {} places, more than {MAX_VOLUMES}", places.len()),
+        });
     }
     let rootfs = ctx.records.dirs.rootfs(&facts.id);
     let dir = ctx
