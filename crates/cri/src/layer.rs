@@ -5,9 +5,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{Request, Response};
+use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
@@ -104,6 +105,8 @@ where
             .headers()
             .get("grpc-timeout")
             .and_then(|value| timeout(value.as_bytes()));
+        // Counted from here, not from the first poll: tonic has a timer of its own around us, which
+        // answers CANCELLED, and of two timers that are due together the inner one is asked first.
         let began = Instant::now();
         let answer = async move {
             let response = if !layer.gate.is_open() {
@@ -111,7 +114,7 @@ where
             } else {
                 match limit {
                     None => inner.call(request).await?,
-                    Some(limit) => match tokio::time::timeout(limit, inner.call(request)).await {
+                    Some(limit) => match timeout_at(began + limit, inner.call(request)).await {
                         Ok(response) => response?,
                         Err(_) => Status::deadline_exceeded("the caller's deadline has passed")
                             .into_http(),
@@ -209,6 +212,24 @@ mod tests {
         }
         let response = service.oneshot(request.body(()).unwrap()).await.unwrap();
         code_of(&response)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_counts_from_the_call() {
+        let gate = Gate::default();
+        gate.open();
+        let never = tower::service_fn(|_: Request<()>| {
+            std::future::pending::<Result<Response<String>, std::convert::Infallible>>()
+        });
+        let mut service = RpcLayer::new(gate, Arc::new(())).layer(never);
+        let request = Request::builder().header("grpc-timeout", "5m").body(());
+        let answer = service.call(request.unwrap());
+        tokio::time::advance(Duration::from_millis(5)).await;
+        let began = Instant::now();
+        let response = answer.await.unwrap();
+        assert_eq!(code_of(&response), Code::DeadlineExceeded);
+        // The clock stands until a timer moves it, by a millisecond at most where one is rounded.
+        assert!(began.elapsed() <= Duration::from_millis(1));
     }
 
     #[tokio::test]
