@@ -203,7 +203,7 @@ install_changed() {
 go_tool() {
     local name=$1 module=$2 command=$3 tools=$CARGO_TARGET_DIR/tools pin go
     shift 3
-    pin=$({ cat "$module"/go.{mod,sum}; echo "$command $*"; } | sha256sum | cut -d' ' -f1)
+    pin=$({ find "$module" -name '*.go' | sort | xargs -r cat; cat "$module"/go.{mod,sum}; echo "$command $*"; } | sha256sum | cut -d' ' -f1)
     if [ -x "$tools/$name" ] && [ "$(cat "$tools/$name.pin" 2>/dev/null)" = "$pin" ]; then
         echo "$tools/$name"
         return

@@ -88,7 +88,9 @@ fn clients_see_output_from_now_on_and_the_containers_end() {
         let fds = pod.fd_count();
         let mut first = attach(&mut pod, true);
         first.stdin.as_ref().unwrap().write_all(b"1\n").unwrap();
+        // Both: what the shim has yet to read is output from then on too.
         assert_eq!(until(&mut first.stdout, "\n"), "out 1\n");
+        assert_eq!(until(&mut first.stderr, "\n"), "err 1\n");
         let mut second = attach(&mut pod, true);
         second.stdin.as_ref().unwrap().write_all(b"2\n").unwrap();
         for client in [&mut first, &mut second] {

@@ -11,6 +11,7 @@ mod node;
 mod pods;
 mod process;
 mod stats;
+mod streaming;
 
 use std::path::PathBuf;
 
@@ -36,6 +37,8 @@ enum Mode {
     Logs(#[command(flatten)] logs::Options),
     /// CPU time of the runtime's programs while idle pods run
     Idle(#[command(flatten)] idle::Options),
+    /// Time of an exec, and bytes a second through exec and port-forward
+    Streaming(#[command(flatten)] streaming::Options),
 }
 
 #[derive(Args)]
@@ -91,6 +94,7 @@ fn main() -> Result<()> {
             Mode::Memory(options) => memory::run(options).await,
             Mode::Logs(options) => logs::run(options).await,
             Mode::Idle(options) => idle::run(options).await,
+            Mode::Streaming(options) => streaming::run(options).await,
         }
     })
 }

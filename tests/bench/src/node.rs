@@ -52,6 +52,7 @@ pub struct Node {
     pub name: String,
     /// Runtime name and version as the runtime gives them.
     pub version: String,
+    pub socket: String,
     client: RuntimeServiceClient<Channel>,
     image: String,
     handler: String,
@@ -94,6 +95,7 @@ impl Node {
             .with_context(|| format!("{name} has no image {}", common.image))?;
         Ok(Self {
             name: name.to_owned(),
+            socket: socket.to_owned(),
             version: format!("{} {}", version.runtime_name, version.runtime_version),
             client,
             image: common.image.clone(),

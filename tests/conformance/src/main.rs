@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use gantry_testkit::daemon::{Daemon, Options};
 
@@ -67,6 +67,14 @@ struct Suite {
     #[arg(last = true)]
     arguments: Vec<String>,
 }
+
+/// Chooses the specs that stream, and has them do it over WebSocket; critest's default is SPDY.
+const OVER_WEBSOCKET: [&str; 4] = [
+    "-ginkgo.focus=Streaming",
+    "-websocket-exec",
+    "-websocket-attach",
+    "-websocket-portforward",
+];
 
 /// Sums over all runs.
 #[derive(Default)]
@@ -127,28 +135,37 @@ impl Suite {
         tokio.block_on(daemon.ready())?;
 
         let mut totals = Totals::default();
-        for (number, mode) in (1..).zip(&self.modes) {
-            println!(
-                "== critest, {version}, {mode}, run {number} of {}",
-                self.modes.len()
-            );
+        let mut runs: Vec<(String, Mode, &[String])> = (1..)
+            .zip(&self.modes)
+            .map(|(number, &mode)| {
+                let what = format!("{mode}, run {number} of {}", self.modes.len());
+                (what, mode, self.arguments.as_slice())
+            })
+            .collect();
+        let over_websocket = OVER_WEBSOCKET.map(str::to_owned);
+        if self.arguments.is_empty() {
+            let mode = Mode { processes: 1 };
+            runs.push(("streaming over WebSocket".to_owned(), mode, &over_websocket));
+        }
+        for (number, (what, mode, arguments)) in (1..).zip(runs) {
+            println!("== critest, {version}, {what}");
             let dir = self.out.join(number.to_string());
             std::fs::create_dir_all(&dir)?;
             let run = critest::Run {
                 critest: &program,
-                mode: *mode,
+                mode,
                 skip: skips.not_run().collect(),
-                arguments: &self.arguments,
+                arguments,
                 dir: &dir,
             };
             if let Err(error) = self.one(&run, &daemon, &skips, &mut totals) {
-                println!("FAIL {}: critest, {mode}: {error:#}", self.name());
+                println!("FAIL {}: critest, {what}: {error:#}", self.name());
                 totals.failed += 1;
             }
             std::fs::write(dir.join("gantryd.log"), daemon.log())?;
         }
         let status = daemon.terminate().context("SIGTERM to gantryd")?;
-        anyhow::ensure!(status.success(), "gantryd: {status}");
+        ensure!(status.success(), "gantryd: {status}");
         Ok(totals)
     }
 
@@ -179,7 +196,12 @@ impl Suite {
         let started = Instant::now();
         let before = daemon.snapshot();
         let report = run.run(daemon)?;
-        let outcome = Outcome::read(&report, skips, self.arguments.is_empty())?;
+        let all = run.arguments.is_empty();
+        let outcome = Outcome::read(&report, skips, all)?;
+        ensure!(
+            outcome.passed + outcome.failed.len() > 0,
+            "no spec was selected"
+        );
         for ((specs, reason), count) in &outcome.skipped {
             println!("SKIP {count} x {specs}: {reason}");
         }
@@ -196,7 +218,7 @@ impl Suite {
             outcome.failed.len(),
             started.elapsed().as_secs()
         );
-        if !self.arguments.is_empty() {
+        if !all {
             println!("     {} not selected", outcome.not_selected);
         }
         totals.passed += outcome.passed;

@@ -2,8 +2,11 @@
 //! it. A test gets a daemon of its own, and when it has ended nothing may be left of its pods.
 
 pub mod crictl;
+pub mod echo;
+pub mod kubectl;
 pub mod log;
 pub mod streaming;
+pub mod terminal;
 pub mod young;
 
 use std::path::PathBuf;

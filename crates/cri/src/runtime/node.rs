@@ -6,6 +6,7 @@ use std::sync::Arc;
 use gantry_cri_api::v1 as cri;
 use gantry_supervisor::CgroupDriver;
 use serde_json::json;
+use tokio::runtime::Handle;
 use tonic::Status;
 
 use super::Runtime;
@@ -93,6 +94,9 @@ impl Runtime {
                 })
                 .collect();
             info.insert("runtimes".to_owned(), json!(runtimes).to_string());
+            // A number that only grows is a leak.
+            let tasks = Handle::current().metrics().num_alive_tasks();
+            info.insert("daemon".to_owned(), json!({ "tasks": tasks }).to_string());
         }
         cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
