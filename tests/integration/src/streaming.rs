@@ -173,19 +173,6 @@ impl Socket {
         seen
     }
 
-    /// Whether something comes within a time.
-    pub fn has_more(&mut self, limit: Duration) -> bool {
-        let set = |limit| {
-            let set = self.0.get_ref().set_read_timeout(Some(limit));
-            set.expect("a time that is not nought");
-        };
-        set(limit);
-        let more =
-            !self.0.buffer().is_empty() || self.0.get_ref().peek(&mut [0]).is_ok_and(|n| n > 0);
-        set(PATIENCE);
-        more
-    }
-
     /// What comes on one channel until it ends in `text` or the server ends.
     pub fn channel(&mut self, wanted: u8, text: &str) -> Vec<u8> {
         let mut all = Vec::new();

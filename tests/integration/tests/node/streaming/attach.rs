@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use gantry_integration::streaming::STDIN;
-use gantry_integration::{eventually, on_plain_node, refused, script_config};
+use gantry_integration::{on_plain_node, refused, script_config};
 use tonic::Code;
 
 use super::{PIPES, Stdio, TTY, attach, attach_request};
@@ -14,20 +14,18 @@ fn attached_clients_see_and_write_and_end_with_the_container() {
     on_plain_node(NAME, async |node| {
         let image = node.busybox().await;
         let pod = node.host_pod("attach").await;
-        let script = "echo before; while read x; do echo out $x; echo err $x >&2; \
-                      [ $x = end ] && exit 5; done";
+        // Something comes all the time, so that who is attached sees that it is.
+        let script = "echo before; while :; do echo tick; sleep 0.1; done & \
+                      read x; kill $!; wait; echo out $x; echo err $x >&2; exit 5";
         let mut config = script_config("c", &image, script);
         config.stdin = true;
         let id = node.run(&pod, &config).await;
         node.has_written(&pod, "c", "before").await;
         let mut first = attach(node, &id, PIPES).await;
         let mut second = attach(node, &id, Stdio::default()).await;
-        // A client is served from when its output can come; this says that it is.
-        eventually("both are attached", async || {
-            first.send(STDIN, b"ping\n").unwrap();
-            second.has_more(Duration::from_millis(100)).then_some(())
-        })
-        .await;
+        for socket in [&mut first, &mut second] {
+            socket.until("tick\n");
+        }
         first.send(STDIN, b"end\n").unwrap();
         for socket in [&mut first, &mut second] {
             let rest = socket.rest();
