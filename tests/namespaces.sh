@@ -86,3 +86,11 @@ mount_private() {
         sed 's/\([a-z_]\+\)/+\1/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
     fi
 }
+
+# Inside, after mount_private: crun of Debian 12 refuses a machine that has a v2 hierarchy beside
+# those of v1.
+suit_cgroups_to() {
+    if [[ $("$1" --version | head -n 1) = crun* ]] && mountpoint -q /sys/fs/cgroup/unified; then
+        umount /sys/fs/cgroup/unified
+    fi
+}
