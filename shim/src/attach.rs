@@ -69,7 +69,7 @@ impl Shim {
         }
         let prepare = Error::call("prepare a client's pipes");
         let pipes = fds.iter().try_fold(true, |pipes, fd| {
-            gantry_sys::pty::set_nonblocking(fd)?;
+            gantry_sys::io::set_nonblocking(fd)?;
             Ok(pipes && gantry_sys::fs::is_fifo(fd)?)
         });
         if !pipes.map_err(prepare)? {

@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gantry_runtime::Invocation;
 use gantry_types::ProcessRef;
@@ -52,6 +52,8 @@ pub struct PendingExec {
     pub process_file: PathBuf,
     pub pid_file: PathBuf,
     pub console: Option<Console>,
+    /// See [`crate::container::Exec`].
+    pub grace: Option<Duration>,
 }
 
 impl Purpose {

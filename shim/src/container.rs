@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gantry_shim_api::v1;
 use gantry_sys::pidfd::PidFd;
@@ -56,10 +56,24 @@ pub struct Process {
     pub pidfd: Option<PidFd>,
 }
 
+/// A process that the daemon has run in the container.
 #[derive(Debug)]
 pub struct Exec {
     pub id: String,
     pub process: ProcessRef,
+    /// The connection that asked for it.
+    pub conn: u32,
+    /// How long it may go on when that connection is gone; `None`: for ever.
+    pub grace: Option<Duration>,
+    /// The connection is gone: when what is left of its tree is killed.
+    pub end_by: Option<Instant>,
+}
+
+impl Exec {
+    /// Its connection is gone.
+    pub fn orphaned(&mut self) {
+        self.end_by = self.grace.map(|grace| Instant::now() + grace);
+    }
 }
 
 /// How far the runtime's delete is.
@@ -92,7 +106,8 @@ pub struct Container {
     pub deletion: Deletion,
     pub delete_askers: Vec<Asker>,
     pub execs: Vec<Exec>,
-    pub ended_execs: VecDeque<Exec>,
+    /// Names of ended execs and what they were.
+    pub ended_execs: VecDeque<(String, ProcessRef)>,
 }
 
 impl Container {
@@ -212,10 +227,7 @@ impl Container {
         if self.ended_execs.len() == ENDED_EXECS {
             self.ended_execs.pop_front();
         }
-        self.ended_execs.push_back(Exec {
-            id: exec.id.clone(),
-            process: exec.process,
-        });
+        self.ended_execs.push_back((exec.id.clone(), exec.process));
         exec
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gantry_runtime::{Exec as ExecArgs, Invocation, Run};
 use gantry_shim_api::v1;
@@ -343,7 +343,7 @@ impl Shim {
             .ok_or_else(|| unknown("?"))?;
         if let Some(console) = container.console.take() {
             let master = console.receive()?;
-            gantry_sys::pty::set_nonblocking(&master)
+            gantry_sys::io::set_nonblocking(&master)
                 .map_err(Error::call("prepare the terminal"))?;
             container.stdout = Some(Stream::new(master, Kind::Stdout));
             self.watch(number)
@@ -554,6 +554,7 @@ impl Shim {
             pid_file: bundle.join(format!("exec-{}.pid", exec.exec_id)),
             id: exec.exec_id,
             console,
+            grace: exec.grace_ms.map(|ms| Duration::from_millis(ms.into())),
         };
         let log = self.runtime_log(&bundle);
         let result = self.spawn_exec(&exec.container_id, &pending, &exec.process_json, fds, &log);
@@ -651,13 +652,20 @@ impl Shim {
             Body::Started(process.into()),
             master.into_iter().collect(),
         );
+        let mut exec = Exec {
+            id: exec.id,
+            process,
+            conn: asker.conn,
+            grace: exec.grace,
+            end_by: None,
+        };
+        if !self.conns.contains_key(&asker.conn) {
+            exec.orphaned();
+        }
         let Some(container) = self.containers.get_mut(&number) else {
             return;
         };
-        container.execs.push(Exec {
-            id: exec.id,
-            process,
-        });
+        container.execs.push(exec);
         let index = container.execs.len() - 1;
         if let Some(death) = parked {
             self.exec_ended(number, index, death.ended);
@@ -684,12 +692,12 @@ impl Shim {
         let Ok(container) = self.find(&kill.container_id) else {
             return Ok(());
         };
-        let exec = container
-            .execs
-            .iter()
-            .chain(&container.ended_execs)
-            .find(|exec| exec.id == kill.exec_id)
-            .map(|exec| exec.process);
+        let running = container.execs.iter().map(|exec| (&exec.id, exec.process));
+        let ended = container.ended_execs.iter().map(|(id, was)| (id, *was));
+        let exec = running
+            .chain(ended)
+            .find(|(id, _)| **id == kill.exec_id)
+            .map(|(_, process)| process);
         let (number, within) = (container.number, container.cgroup());
         if let Some(process) = exec {
             tree::kill(process, within.as_deref());

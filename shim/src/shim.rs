@@ -18,7 +18,7 @@ use gantry_types::ProcessRef;
 
 use crate::call::{self, Asker, Call, Purpose, Streams};
 use crate::conn::Conn;
-use crate::container::{Container, Death, Deletion, Phase};
+use crate::container::{Container, Death, Deletion, Exec, Phase};
 use crate::error::Error;
 use crate::holder::Holder;
 use crate::log::Kind;
@@ -236,8 +236,10 @@ impl Shim {
             .values()
             .filter(|call| !call.timed_out)
             .map(|call| call.deadline);
+        let execs = self.containers.values().flat_map(|c| &c.execs);
+        let orphans = execs.filter_map(|exec| exec.end_by);
         let shutdown = self.shutdown.map(|(_, until)| until);
-        let next = drains.chain(calls).chain(shutdown).min();
+        let next = drains.chain(calls).chain(orphans).chain(shutdown).min();
         let left = next.map(|next| next.saturating_duration_since(Instant::now()));
         match left {
             _ if !self.stirred => left,
@@ -300,6 +302,13 @@ impl Shim {
     pub fn hang_up(&mut self, number: u32) {
         // Dropping the descriptor takes it out of epoll, as nobody else has it.
         self.conns.remove(&number);
+        // Whoever waited for these will never hear of them again.
+        for container in self.containers.values_mut() {
+            let execs = container.execs.iter_mut();
+            execs
+                .filter(|exec| exec.conn == number)
+                .for_each(Exec::orphaned);
+        }
         if self.daemon == Some(number) {
             self.daemon = None;
         }
@@ -641,6 +650,10 @@ impl Shim {
             return;
         };
         let exec = container.exec_ended(index);
+        if exec.end_by.is_some() {
+            // The time that it had to end by itself was its children's too.
+            tree::kill(exec.process, container.cgroup().as_deref());
+        }
         let container_id = container.id().to_owned();
         let exited = v1::ExecExited {
             container_id,
@@ -661,6 +674,14 @@ impl Shim {
             .collect();
         for number in late {
             self.publish_exit(number);
+        }
+        for container in self.containers.values_mut() {
+            let within = container.cgroup();
+            for exec in &mut container.execs {
+                if exec.end_by.take_if(|by| *by <= now).is_some() {
+                    tree::kill(exec.process, within.as_deref());
+                }
+            }
         }
         let mut late = Vec::new();
         for call in self.calls.values_mut() {

@@ -160,6 +160,9 @@ pub struct Streaming {
     pub idle_timeout_seconds: u64,
     /// Time for a client to open the streams that it asked for.
     pub creation_timeout_seconds: u64,
+    /// A client that takes nothing for so long of what waits for it, after its command, container or
+    /// connection has ended, is given up.
+    pub drain_timeout_seconds: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -249,6 +252,7 @@ impl Default for Streaming {
             key: PathBuf::new(),
             idle_timeout_seconds: 4 * 60 * 60,
             creation_timeout_seconds: 30,
+            drain_timeout_seconds: 10 * 60,
         }
     }
 }
@@ -385,6 +389,10 @@ impl Streaming {
             (
                 "streaming.creation_timeout_seconds",
                 self.creation_timeout_seconds,
+            ),
+            (
+                "streaming.drain_timeout_seconds",
+                self.drain_timeout_seconds,
             ),
         ] {
             if !(1..=LONGEST).contains(&seconds) {
@@ -572,6 +580,10 @@ mod tests {
             (
                 "[streaming]\ncreation_timeout_seconds = 99999999999",
                 "streaming.creation_timeout_seconds",
+            ),
+            (
+                "[streaming]\ndrain_timeout_seconds = 0",
+                "streaming.drain_timeout_seconds",
             ),
             (
                 "[runtime]\ndefault = 'x'\n[runtime.handlers.y]\nbinary = 'y'",

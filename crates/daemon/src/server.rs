@@ -150,12 +150,10 @@ pub async fn run(config: Config) -> Result<()> {
     if tokio::time::timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
         tracing::warn!("calls under way were cut off");
     }
-    // A call that was cut off keeps it: then its sessions end with us.
-    if let Some(streaming) = Arc::into_inner(streaming) {
-        let grace = Duration::from_secs(config.timeouts.exec_grace_seconds);
-        let kill = Duration::from_secs(1);
-        streaming.shutdown(grace.min(SHUTDOWN_LIMIT) + kill).await;
-    }
+    // A command that may take longer is ended by its pod's shim, whose grace begins with our end.
+    let grace = Duration::from_secs(config.timeouts.exec_grace_seconds);
+    let kill = Duration::from_secs(1);
+    streaming.shutdown(grace.min(SHUTDOWN_LIMIT) + kill).await;
     // The next daemon need not tell a stale socket from a live one.
     if let Err(error) = std::fs::remove_file(&config.socket) {
         tracing::warn!(path = %config.socket.display(), %error, "socket not removed");
@@ -230,9 +228,10 @@ async fn streaming(
         tls,
         idle_timeout: Duration::from_secs(settings.idle_timeout_seconds),
         creation_timeout: Duration::from_secs(settings.creation_timeout_seconds),
+        drain_timeout: Duration::from_secs(settings.drain_timeout_seconds),
         ..Default::default()
     };
-    let node = Arc::new(Node::new(supervisor));
+    let node = Arc::new(Node::new(supervisor, options.drain_timeout));
     let server = gantry_streaming::Server::bind(options, node).await;
     Ok(Arc::new(server.context("streaming")?))
 }

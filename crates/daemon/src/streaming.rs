@@ -3,14 +3,17 @@
 
 use std::future::pending;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::FutureExt;
 use gantry_ports::Error;
 use gantry_streaming::{
-    AttachRequest, Backend, Client, Duplex, ExecRequest, ProcessIo, Streams, relay,
+    AttachRequest, Backend, Client, Drain, Duplex, ExecRequest, ProcessIo, Streams, feed, relay,
+    splice,
 };
-use gantry_supervisor::{Exec, ExecIo, Stdio, Supervisor, TerminalSize};
+use gantry_supervisor::{Exec, ExecIo, Forward, Stdio, Supervisor, TerminalSize};
 use gantry_types::{ErrorKind, Kind, PodId};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -18,11 +21,15 @@ use tokio::time::timeout;
 /// The pods of this node.
 pub struct Node {
     supervisor: Supervisor,
+    drain: Drain,
 }
 
 impl Node {
-    pub fn new(supervisor: Supervisor) -> Self {
-        Self { supervisor }
+    /// `stall` is how long a client may take nothing of what is left at the end.
+    pub fn new(supervisor: Supervisor, stall: Duration) -> Self {
+        let silence = supervisor.settings().timeouts.exec_drain;
+        let drain = Drain { silence, stall };
+        Self { supervisor, drain }
     }
 }
 
@@ -34,11 +41,12 @@ fn client_gone() -> Error {
     Error::new(ErrorKind::Unavailable, "the client has gone")
 }
 
-fn stdio(wanted: gantry_streaming::Stdio) -> Stdio {
+/// What of a process is wanted that has a terminal if `tty`.
+fn stdio(wanted: gantry_streaming::Stdio, tty: bool) -> Stdio {
     Stdio {
         stdin: wanted.stdin,
         stdout: wanted.stdout,
-        stderr: wanted.stderr && !wanted.tty,
+        stderr: wanted.stderr && !tty,
     }
 }
 
@@ -53,15 +61,17 @@ fn size(size: gantry_streaming::TerminalSize) -> TerminalSize {
 async fn while_there<T>(client: &mut Client, work: impl Future<Output = T>) -> Result<T, Error> {
     tokio::select! {
         biased;
-        outcome = work => Ok(outcome),
+        // First: what the work sees of a client that is gone is of no account any more.
         () = client.gone() => Err(client_gone()),
+        outcome = work => Ok(outcome),
     }
 }
 
 #[async_trait]
 impl Backend for Node {
     /// A client that goes away takes along its ends of the streams: the command sees the end of its
-    /// input, or its terminal hangs up. What still runs after the grace is killed.
+    /// input, or its terminal hangs up. What still runs after the grace is killed, and what the
+    /// command leaves behind when it ends before.
     async fn exec(&self, request: ExecRequest, streams: Streams) -> Result<i32, Error> {
         let Streams {
             stdin,
@@ -70,16 +80,15 @@ impl Backend for Node {
             mut resizes,
             mut client,
         } = streams;
-        let timeouts = self.supervisor.settings().timeouts;
+        let grace = self.supervisor.settings().timeouts.exec_grace;
         // A size that is known already spares the command a first look at a wrong one.
         let terminal = request.stdio.tty.then(|| {
             let known = resizes.next().now_or_never().flatten();
             known.map(size).unwrap_or_default()
         });
         let id = request.container.as_str();
-        let start = self
-            .supervisor
-            .exec(id, request.command, stdio(request.stdio), terminal);
+        let stdio = stdio(request.stdio, request.stdio.tty);
+        let start = self.supervisor.exec(id, request.command, stdio, terminal);
         let Exec {
             io,
             terminal,
@@ -94,9 +103,15 @@ impl Backend for Node {
             ExecIo::Terminal(master) => ProcessIo::terminal(master),
         };
         let io = io.map_err(|error| Error::io("take over the command's streams", error))?;
+        let ended = AtomicBool::new(false);
         {
             let clients = (stdin, stdout, stderr);
-            let relayed = relay(clients, io, process.exit(), timeouts.exec_drain);
+            let exit = async {
+                let code = process.exit().await;
+                ended.store(true, Relaxed);
+                code
+            };
+            let relayed = relay(clients, io, exit, self.drain);
             let resized = async {
                 while let Some(new) = resizes.next().await {
                     if let Some(terminal) = &terminal
@@ -118,12 +133,15 @@ impl Backend for Node {
             }
         }
         drop(terminal);
-        match timeout(timeouts.exec_grace, process.exit()).await {
+        if ended.load(Relaxed) {
+            // Before its client left, who may have meant what it began to stay.
+            return process.exit().await.map_err(failed);
+        }
+        let code = timeout(grace, process.exit()).await;
+        process.kill().await.map_err(failed)?;
+        match code {
             Ok(code) => code.map_err(failed),
-            Err(_) => {
-                process.kill().await.map_err(failed)?;
-                Err(client_gone())
-            }
+            Err(_) => Err(client_gone()),
         }
     }
 
@@ -140,8 +158,10 @@ impl Backend for Node {
         let id = request.container.as_str();
         let view = self.supervisor.running_container(id).await;
         let view = view.map_err(failed)?;
-        let last_input = view.facts.config.stdin_once && !view.facts.config.tty;
-        let attach = self.supervisor.attach(id, stdio(request.stdio));
+        // The container's own: what the client has asked for cannot change it.
+        let tty = view.facts.config.tty;
+        let last_input = view.facts.config.stdin_once && !tty;
+        let attach = self.supervisor.attach(id, stdio(request.stdio, tty));
         let attached = while_there(&mut client, attach).await?.map_err(failed)?;
         let output = ProcessIo::pipes(None, attached.stdout, attached.stderr);
         let output =
@@ -158,11 +178,13 @@ impl Backend for Node {
                 pending::<()>().await;
             }
         };
-        let silence = self.supervisor.settings().timeouts.exec_drain;
-        let shown = relay((None, stdout, stderr), output, ended, silence);
+        let shown = relay((None, stdout, stderr), output, ended, self.drain);
         let input = async {
             let ended = match (stdin, attached.stdin) {
-                (Some(from), Some(to)) => to.write_from(from).await,
+                (Some(from), Some(to)) => feed(from, to).await.unwrap_or_else(|error| {
+                    tracing::debug!(container = id, %error, "a container's input");
+                    false
+                }),
                 // There is nobody to write to.
                 (_, None) | (None, _) => false,
             };
@@ -189,12 +211,15 @@ impl Backend for Node {
         while_there(&mut client, pin!(session)).await?
     }
 
-    async fn port_forward(&self, pod: &PodId, port: u16, mut stream: Duplex) -> Result<(), Error> {
+    async fn port_forward(&self, pod: &PodId, port: u16, stream: Duplex) -> Result<(), Error> {
         let connect = self.supervisor.port_forward(pod.as_str(), port);
-        let mut forward = connect.await.map_err(failed)?;
+        let Forward {
+            stream: socket,
+            permit: _permit,
+        } = connect.await.map_err(failed)?;
         // Told to the client as an end: for clients an error is the end of all connections.
-        match tokio::io::copy_bidirectional(&mut stream, &mut forward.stream).await {
-            Ok((sent, received)) => tracing::debug!(%pod, port, sent, received, "forwarded"),
+        match splice(stream, socket, self.drain.stall).await {
+            Ok(moved) => tracing::debug!(%pod, port, ?moved, "forwarded"),
             Err(error) => tracing::debug!(%pod, port, %error, "a forwarded connection broke"),
         }
         Ok(())

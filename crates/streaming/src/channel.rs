@@ -11,14 +11,17 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 
 /// Bytes from the client that wait for the user before the session stops reading.
 pub(crate) const WINDOW: usize = 256 * 1024;
+
+/// Bytes from the client that wait for users, over all streams of a session, before it stops reading.
+pub(crate) const SESSION_WINDOW: usize = 1024 * 1024;
 
 /// Bytes from the user that wait for the connection before writes wait.
 pub(crate) const OUTGOING: usize = 64 * 1024;
@@ -49,6 +52,32 @@ struct State {
     /// Nothing that is written reaches the client any more.
     broken: bool,
     writer: Option<Waker>,
+    /// Who waits for the stream to be broken.
+    watcher: Option<Waker>,
+}
+
+impl State {
+    /// The user has taken `count` of the bytes that waited, of which there were `before`; whether
+    /// the session should hear of it.
+    fn taken(&mut self, count: usize, before: usize) -> bool {
+        if self.incoming.is_empty() && self.incoming.capacity() > KEEP {
+            self.incoming = BytesMut::new();
+        }
+        self.consumed += count;
+        self.consumed >= WINDOW / 2
+            || self.incoming.is_empty()
+            || (before > WINDOW && self.incoming.len() <= WINDOW)
+    }
+
+    /// Nothing more goes either way.
+    fn break_off(&mut self) {
+        self.incoming_end.get_or_insert(End::Reset);
+        self.broken = true;
+        self.outgoing = BytesMut::new();
+        for waker in [&mut self.reader, &mut self.writer, &mut self.watcher] {
+            wake(waker);
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -113,16 +142,22 @@ impl Channel {
 
     /// The client sends no more. What is queued is still read.
     pub fn finish_incoming(&self) {
-        self.end_incoming(End::Finished);
+        let mut state = self.lock();
+        state.incoming_end.get_or_insert(End::Finished);
+        wake(&mut state.reader);
     }
 
-    /// The stream is gone at the client's end, both ways. What is queued is still read.
+    /// The client took the stream back, both ways. What waits is for nobody and counts as consumed.
     pub fn reset(&self) {
-        self.end_incoming(End::Reset);
         let mut state = self.lock();
-        state.broken = true;
-        state.outgoing = BytesMut::new();
-        wake(&mut state.writer);
+        state.consumed += state.incoming.len();
+        state.incoming = BytesMut::new();
+        state.break_off();
+    }
+
+    /// The connection is over. What the client sent before is still read.
+    pub fn disconnect(&self) {
+        self.lock().break_off();
     }
 
     /// The client took the stream back, or is gone.
@@ -130,10 +165,17 @@ impl Channel {
         self.lock().broken
     }
 
-    fn end_incoming(&self, end: End) {
-        let mut state = self.lock();
-        state.incoming_end.get_or_insert(end);
-        wake(&mut state.reader);
+    /// Resolves when the client takes the stream back, or is gone. For one waiter at a time.
+    pub async fn gone(&self) {
+        std::future::poll_fn(|cx| {
+            let mut state = self.lock();
+            if state.broken {
+                return Poll::Ready(());
+            }
+            state.watcher = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Bytes that were consumed since the last call.
@@ -206,11 +248,51 @@ fn wake(waker: &mut Option<Waker>) {
     }
 }
 
-/// What the client sends on one stream. End of file is the client's half-close; a stream that was
-/// reset or whose client is gone gives `ConnectionReset` after what was sent before. Dropping it
-/// discards what still comes.
+/// What the client sends on one stream. End of file is the client's half-close. A stream that the
+/// client took back gives `ConnectionReset`, one whose client is gone does so after what was sent
+/// before. Dropping it discards what still comes.
 pub struct Input {
     channel: Arc<Channel>,
+}
+
+impl Input {
+    /// What waits, at most `max` bytes, as it was received and without a copy; `None` at the end of
+    /// file. Fails as reads do. May be dropped and called again without loss.
+    pub async fn receive(&mut self, max: usize) -> io::Result<Option<Bytes>> {
+        std::future::poll_fn(|cx| {
+            let mut state = match self.poll_ready(cx) {
+                Poll::Ready(Ok(Some(state))) => state,
+                Poll::Ready(Ok(None)) => return Poll::Ready(Ok(None)),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            };
+            let before = state.incoming.len();
+            let bytes = state.incoming.split_to(before.min(max)).freeze();
+            let tell = state.taken(bytes.len(), before);
+            drop(state);
+            if tell {
+                self.channel.session.notify_one();
+            }
+            Poll::Ready(Ok(Some(bytes)))
+        })
+        .await
+    }
+
+    /// The queue, when there is something in it; `None` at the end of file.
+    fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<MutexGuard<'_, State>>>> {
+        let mut state = self.channel.lock();
+        if !state.incoming.is_empty() {
+            return Poll::Ready(Ok(Some(state)));
+        }
+        match state.incoming_end {
+            Some(End::Finished) => Poll::Ready(Ok(None)),
+            Some(End::Reset) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            None => {
+                state.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
 }
 
 impl AsyncRead for Input {
@@ -219,28 +301,14 @@ impl AsyncRead for Input {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut state = self.channel.lock();
-        if state.incoming.is_empty() {
-            return match state.incoming_end {
-                Some(End::Finished) => Poll::Ready(Ok(())),
-                Some(End::Reset) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-                None => {
-                    state.reader = Some(cx.waker().clone());
-                    Poll::Pending
-                }
-            };
-        }
-        let count = state.incoming.len().min(buf.remaining());
+        let Some(mut state) = ready!(self.poll_ready(cx))? else {
+            return Poll::Ready(Ok(()));
+        };
+        let before = state.incoming.len();
+        let count = before.min(buf.remaining());
         buf.put_slice(&state.incoming[..count]);
-        let was_over = state.incoming.len() > WINDOW;
         state.incoming.advance(count);
-        if state.incoming.is_empty() && state.incoming.capacity() > KEEP {
-            state.incoming = BytesMut::new();
-        }
-        state.consumed += count;
-        let tell = state.consumed >= WINDOW / 2
-            || state.incoming.is_empty()
-            || (was_over && state.incoming.len() <= WINDOW);
+        let tell = state.taken(count, before);
         drop(state);
         if tell {
             self.channel.session.notify_one();
@@ -392,20 +460,36 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reset_is_an_error_both_ways_after_what_was_queued() {
+    async fn a_reset_is_an_error_both_ways_and_releases_what_was_queued() {
         let (channel, mut input, mut output) = channel();
         channel.deliver(b"ab");
+        let gone = channel.gone();
+        let mut gone = pin!(gone);
+        assert!(poll!(&mut gone).is_pending());
         channel.reset();
-        let mut buf = [0; 2];
-        input.read_exact(&mut buf).await.unwrap();
+        gone.await;
+        assert_eq!((channel.queued(), channel.take_consumed()), (0, 2));
         assert_eq!(
-            input.read(&mut buf).await.unwrap_err().kind(),
+            input.read(&mut [0; 2]).await.unwrap_err().kind(),
             io::ErrorKind::ConnectionReset
         );
         assert_eq!(
             output.write_all(b"x").await.unwrap_err().kind(),
             io::ErrorKind::BrokenPipe
         );
+    }
+
+    #[tokio::test]
+    async fn what_came_before_the_connection_was_lost_is_still_read() {
+        let (channel, mut input, mut output) = channel();
+        channel.deliver(b"abc");
+        channel.disconnect();
+        channel.gone().await;
+        assert_eq!(input.receive(2).await.unwrap().unwrap(), "ab");
+        assert_eq!(input.receive(2).await.unwrap().unwrap(), "c");
+        let error = input.receive(2).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(output.write_all(b"x").await.is_err());
     }
 
     #[tokio::test]

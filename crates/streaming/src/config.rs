@@ -13,6 +13,9 @@ pub struct Config {
     pub tls: Option<Certificate>,
     /// A connection on which nothing moves for so long is closed.
     pub idle_timeout: Duration,
+    /// Time that a client may take nothing of what waits for it after its command, its container or
+    /// its connection into the pod has ended.
+    pub drain_timeout: Duration,
     /// Time that a client has, after the upgrade, to open the streams it asked for.
     pub creation_timeout: Duration,
     /// Time that a client has for its TLS handshake, and again for its request.
@@ -21,8 +24,11 @@ pub struct Config {
     pub token_lifetime: Duration,
     /// Requests that may wait for their client.
     pub max_waiting: usize,
-    /// Connections that may be open.
-    pub max_connections: usize,
+    /// Sessions that may be open.
+    pub max_sessions: usize,
+    /// Connections that may be open beside them, of clients that did not show a token yet. One more
+    /// pushes out the one that has been there longest.
+    pub max_strangers: usize,
 }
 
 impl Default for Config {
@@ -31,11 +37,13 @@ impl Default for Config {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             tls: None,
             idle_timeout: Duration::from_secs(4 * 60 * 60),
+            drain_timeout: Duration::from_secs(10 * 60),
             creation_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(10),
             token_lifetime: Duration::from_secs(60),
             max_waiting: 1000,
-            max_connections: 1000,
+            max_sessions: 1000,
+            max_strangers: 256,
         }
     }
 }

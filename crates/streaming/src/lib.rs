@@ -21,12 +21,12 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | `server`, `tokens`, `negotiate`, `tls` | HTTP: who may come, what is spoken |
+//! | `server`, `lobby`, `tokens`, `negotiate`, `tls` | HTTP: who may come, what is spoken |
 //! | `spdy` | frames, header compression, windows, the session |
 //! | `websocket`, `tunnel` | channels in messages; SPDY in messages |
 //! | `channel`, `session`, `wire`, `conn` | bounded queues and how a connection is driven |
 //! | `remotecommand`, `status`, `resize`, `portforward` | Kubernetes' protocols |
-//! | [`backend`], `relay` | what the node does, and a process's pipes |
+//! | [`backend`], `relay`, `splice` | what the node does, a process's pipes, a pod's sockets |
 //!
 //! The server knows nothing of pods: [`Backend`] does the work. Its streams are bounded queues, so
 //! that a slow client holds back the process that writes to it and nothing else, and a client that
@@ -37,6 +37,7 @@ mod channel;
 mod config;
 mod conn;
 mod error;
+mod lobby;
 mod negotiate;
 mod portforward;
 mod relay;
@@ -45,6 +46,7 @@ mod resize;
 mod server;
 mod session;
 pub mod spdy;
+mod splice;
 mod status;
 mod tls;
 mod tokens;
@@ -58,6 +60,7 @@ pub use backend::{
 };
 pub use config::Config;
 pub use error::{Error, Result};
-pub use relay::{ProcessIo, relay};
+pub use relay::{Drain, ProcessIo, feed, relay};
 pub use server::Server;
+pub use splice::splice;
 pub use tls::Certificate;

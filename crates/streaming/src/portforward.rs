@@ -22,13 +22,16 @@ use crate::negotiate::Encoding;
 use crate::server::Limits;
 use crate::session::{Control, End};
 use crate::spdy::Headers;
-use crate::spdy::core::{Incoming, Policy};
+use crate::spdy::core::{Incoming, MAX_STREAMS, Policy};
 use crate::spdy::session::Session;
 use crate::websocket;
 
 const STREAM_TYPE: &str = "streamtype";
 const PORT: &str = "port";
 const REQUEST_ID: &str = "requestid";
+
+/// Connections into the pod that a session may have at a time; each has two streams.
+const MAX_FORWARDS: usize = MAX_STREAMS / 2;
 
 /// Serves a client over SPDY, to its end.
 pub(crate) async fn spdy<T: Transport>(
@@ -40,8 +43,8 @@ pub(crate) async fn spdy<T: Transport>(
 ) -> End {
     let control = Control::new();
     let policy: Policy = Box::new(|headers| Kind::of(headers).is_some() && port(headers).is_some());
-    let (session, incoming) = Session::new(io, policy, control, limits.idle_timeout, stop);
-    let user = forward_pairs(incoming, pod, backend, limits.creation_timeout);
+    let (session, incoming) = Session::new(io, policy, control.clone(), limits, stop);
+    let user = forward_pairs(incoming, pod, backend, limits.creation_timeout, &control);
     let (end, ()) = tokio::join!(session.run(), user);
     end
 }
@@ -62,8 +65,7 @@ pub(crate) async fn websocket<T: Transport>(
         channels: request.ports.len() * 2,
         hello: None,
     };
-    let (session, ends) =
-        websocket::Session::new(io, options, control.clone(), limits.idle_timeout, stop).await;
+    let (session, ends) = websocket::Session::new(io, options, control.clone(), limits, stop).await;
     let user = async {
         let (mut forwards, mut ends) = (JoinSet::new(), ends.into_iter());
         for port in request.ports {
@@ -148,14 +150,19 @@ async fn forward_pairs(
     pod: PodId,
     backend: Arc<dyn Backend>,
     limit: Duration,
+    control: &Control,
 ) {
+    let mut client = control.client();
     // Half pairs are open streams, and the session bounds how many there are. One that was reset
     // does not count there any more, so it must not stay here.
     let mut halves: HashMap<String, Half> = HashMap::new();
     let mut forwards = JoinSet::new();
     loop {
         let expires = halves.values().map(|half| half.expires).min();
+        control.set_ending(forwards.is_empty());
         tokio::select! {
+            // A session that is held back by a pod does not see the end of its client's streams.
+            () = client.gone() => break,
             next = incoming.recv() => {
                 let Some(next) = next else { break };
                 halves.retain(|_, half| !half.was_reset());
@@ -175,9 +182,16 @@ async fn forward_pairs(
                 if half.data.is_none() || half.error.is_none() {
                     continue;
                 }
-                if let Some(Half { data: Some(data), error: Some(error), .. }) = halves.remove(&id)
+                // The session counts no stream that was reset, but its connection may be about to end.
+                while forwards.try_join_next().is_some() {}
+                if let Some(Half { data: Some(data), error: Some(mut error), .. }) = halves.remove(&id)
                     && let Some(port) = port(&data.headers)
                 {
+                    if forwards.len() >= MAX_FORWARDS {
+                        data.output.channel().abort();
+                        complain(Some(&mut error), "too many connections in one session").await;
+                        continue;
+                    }
                     let stream = Duplex::new(data.input, data.output);
                     let (pod, backend) = (pod.clone(), backend.clone());
                     forwards.spawn(forward(pod, port, stream, error.output, backend));
@@ -214,9 +228,14 @@ async fn forward(
     backend: Arc<dyn Backend>,
 ) {
     let data = stream.channel();
-    if let Err(failure) = backend.port_forward(&pod, port, stream).await {
+    let ended = tokio::select! {
+        ended = backend.port_forward(&pod, port, stream) => ended,
+        // Also when nothing moves that would fail. kubectl does so with each connection that is over
+        // at its end; told of a failure, it would end the whole session.
+        () = data.gone() => return,
+    };
+    if let Err(failure) = ended {
         if data.was_reset() {
-            // The client's own doing. Told of a failure, kubectl would end the whole session.
             return;
         }
         tracing::debug!(%pod, port, error = %failure, "port forward failed");

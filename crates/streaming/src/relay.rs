@@ -5,16 +5,27 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::time::Duration;
 
+use bytes::Buf;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::backend::{Input, Output};
 
-/// Bytes that are in a process's stream's way between pipe and client.
-const BUFFER: usize = 32 * 1024;
+/// Bytes that are read from a process, or taken from the client, at a time: what a pipe holds. The
+/// memory for them is there only while they move.
+const BUFFER: usize = 64 * 1024;
+
+/// How a process's output is drained after its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drain {
+    /// Longest that whoever still holds the output open may write nothing.
+    pub silence: Duration,
+    /// Longest that the client may take nothing of it.
+    pub stall: Duration,
+}
 
 /// Our ends of a process's streams; those that it does not have, or nobody wants, are `None`.
 pub struct ProcessIo {
@@ -59,12 +70,13 @@ fn non_blocking(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 /// - The client's half-close closes the process's stdin (a terminal has none of its own).
 /// - A client that is gone, or reads no more, closes the process's output: its next write fails.
 /// - A descendant that holds the output open after the process's end is waited for as long as it is
-///   never silent for `silence`.
+///   never silent for [`Drain::silence`], and its client as long as it takes some of the output
+///   within each [`Drain::stall`].
 pub async fn relay<T>(
     (stdin, stdout, stderr): (Option<Input>, Option<Output>, Option<Output>),
     process: ProcessIo,
     exit: impl Future<Output = T>,
-    silence: Duration,
+    drain: Drain,
 ) -> T {
     let (exited, exiting) = watch::channel(false);
     let mut ended = exiting.clone();
@@ -74,15 +86,15 @@ pub async fn relay<T>(
         };
         // What a process that has ended did not read is discarded, so that its client is heard.
         tokio::select! {
-            () = send(from, to) => {}
+            _ = send(from, to) => {}
             _ = ended.wait_for(|exited| *exited) => {}
         }
     };
     let streams = async {
         tokio::join!(
             input,
-            receive(process.stdout, stdout, exiting.clone(), silence),
-            receive(process.stderr, stderr, exiting, silence),
+            receive(process.stdout, stdout, exiting.clone(), drain),
+            receive(process.stderr, stderr, exiting, drain),
         )
     };
     let (mut streams, mut exit) = (pin!(streams), pin!(exit));
@@ -97,21 +109,24 @@ pub async fn relay<T>(
     value
 }
 
-/// To the process. Ends, and closes both, when either is at its end.
-async fn send(mut from: Input, to: AsyncFd<OwnedFd>) {
-    let mut buffer = vec![0; BUFFER];
+/// Writes all that the client sends to `to`, a pipe or a terminal, until either is at its end, and
+/// closes both. True if it was the client who ended it.
+pub async fn feed(from: Input, to: OwnedFd) -> io::Result<bool> {
+    Ok(send(from, non_blocking(to)?).await)
+}
+
+/// See [`feed`].
+async fn send(mut from: Input, to: AsyncFd<OwnedFd>) -> bool {
     loop {
-        let count = match from.read(&mut buffer).await {
-            // A client that is gone has nothing more to say either.
-            Ok(0) | Err(_) => return,
-            Ok(count) => count,
+        // A client that is gone has nothing more to say either.
+        let Ok(Some(mut bytes)) = from.receive(BUFFER).await else {
+            return true;
         };
-        let mut rest = &buffer[..count];
-        while !rest.is_empty() {
-            match write(&to, rest).await {
-                Ok(count) => rest = &rest[count..],
+        while !bytes.is_empty() {
+            match write(&to, &bytes).await {
+                Ok(count) => bytes.advance(count),
                 // It reads no more.
-                Err(_) => return,
+                Err(_) => return false,
             }
         }
     }
@@ -122,40 +137,53 @@ async fn receive(
     from: Option<AsyncFd<OwnedFd>>,
     to: Option<Output>,
     mut exiting: watch::Receiver<bool>,
-    silence: Duration,
+    drain: Drain,
 ) {
     let (Some(from), Some(mut to)) = (from, to) else {
         return;
     };
-    let mut buffer = vec![0; BUFFER];
+    // Resolves so long after the process's end.
+    let mut after_exit = async move |limit: Duration| {
+        // The sender outlives this.
+        let _ = exiting.wait_for(|exited| *exited).await;
+        sleep(limit).await;
+    };
     loop {
-        let silent = async {
-            // The sender outlives this.
-            let _ = exiting.wait_for(|exited| *exited).await;
-            sleep(silence).await;
-        };
-        let count = tokio::select! {
+        let buffer = tokio::select! {
             biased;
             // A terminal whose last process is gone fails with EIO.
-            read = read(&from, &mut buffer) => match read {
-                Ok(0) | Err(_) => return,
-                Ok(count) => count,
+            read = read(&from) => match read {
+                Ok(bytes) if !bytes.is_empty() => bytes,
+                Ok(_) | Err(_) => return,
             },
-            () = silent => return,
+            () = after_exit(drain.silence) => return,
         };
-        if to.write_all(&buffer[..count]).await.is_err() {
-            return;
+        let mut rest = &buffer[..];
+        while !rest.is_empty() {
+            tokio::select! {
+                biased;
+                written = to.write(rest) => match written {
+                    Ok(count) => rest = &rest[count..],
+                    Err(_) => return,
+                },
+                () = after_exit(drain.stall) => return,
+            }
         }
     }
 }
 
-async fn read(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+/// What can be read, nothing at the end.
+async fn read(fd: &AsyncFd<OwnedFd>) -> io::Result<Vec<u8>> {
     loop {
         let mut ready = fd.readable().await?;
-        let read = |fd: &AsyncFd<OwnedFd>| Ok(rustix::io::read(fd.as_fd(), &mut *buffer)?);
+        let mut buffer = Vec::with_capacity(BUFFER);
+        let read = |fd: &AsyncFd<OwnedFd>| {
+            let room = rustix::buffer::spare_capacity(&mut buffer);
+            Ok(rustix::io::read(fd.as_fd(), room)?)
+        };
         match ready.try_io(read) {
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(result) => return result,
+            Ok(result) => return result.map(|_| buffer),
             // It was not readable after all.
             Err(_) => {}
         }
@@ -181,6 +209,11 @@ mod tests {
     use std::sync::Arc;
     use tokio::sync::Notify;
 
+    const PATIENT: Drain = Drain {
+        silence: Duration::from_secs(60),
+        stall: Duration::from_secs(60),
+    };
+
     #[tokio::test]
     async fn what_a_process_that_has_ended_did_not_read_holds_nobody_up() {
         let (channel, input, output) = Channel::new(Arc::new(Notify::new()));
@@ -191,7 +224,7 @@ mod tests {
         let process = ProcessIo::pipes(Some(stdin.into()), Some(stdout.into()), None).unwrap();
         let (exit, exited) = tokio::sync::oneshot::channel();
         let ends = (Some(input), Some(output), None);
-        let relay = tokio::spawn(relay(ends, process, exited, Duration::from_secs(60)));
+        let relay = tokio::spawn(relay(ends, process, exited, PATIENT));
         sleep(Duration::from_millis(50)).await;
         assert!(channel.over_window());
         exit.send(7).unwrap();

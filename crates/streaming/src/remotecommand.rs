@@ -77,8 +77,7 @@ pub(crate) async fn spdy<T: Transport>(
     stop: watch::Receiver<bool>,
 ) -> End {
     let control = Control::new();
-    let (session, incoming) =
-        Session::new(io, policy(), control.clone(), limits.idle_timeout, stop);
+    let (session, incoming) = Session::new(io, policy(), control.clone(), limits, stop);
     let user = async {
         let stdio = command.stdio();
         match collect(incoming, stdio, version, limits.creation_timeout).await {
@@ -113,8 +112,7 @@ pub(crate) async fn websocket<T: Transport>(
             _ => channel::ERROR,
         }),
     };
-    let (session, ends) =
-        websocket::Session::new(io, options, control.clone(), limits.idle_timeout, stop).await;
+    let (session, ends) = websocket::Session::new(io, options, control.clone(), limits, stop).await;
     let user = async {
         if let Some(ends) = from_channels(ends, stdio) {
             run(ends, command, version, backend, &control).await;
@@ -256,6 +254,7 @@ async fn run(
         }),
         never = resizes => never,
     };
+    control.set_ending(true);
     // Some clients take the result for the end of everything.
     for output in outputs {
         output.flushed().await;

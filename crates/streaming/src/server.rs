@@ -28,12 +28,13 @@ use crate::backend::{AttachRequest, Backend, ExecRequest, PortForwardRequest, St
 use crate::config::Config;
 use crate::conn::{self, Conn, Transport, Upgraded};
 use crate::error::{Error, Result};
+use crate::lobby::{Guest, Lobby};
 use crate::negotiate::{self, Encoding, Forward, Refusal, Upgrade, Version};
 use crate::portforward;
 use crate::remotecommand::{self, Command};
 use crate::session::{End, stopped};
 use crate::tls::Tls;
-use crate::tokens::Tokens;
+use crate::tokens::{Taken, Tokens};
 use crate::tunnel::Tunnel;
 use crate::websocket;
 
@@ -50,6 +51,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub idle_timeout: Duration,
+    pub drain_timeout: Duration,
     pub creation_timeout: Duration,
     request_timeout: Duration,
 }
@@ -78,7 +80,8 @@ pub struct Server {
     base: String,
     tokens: Arc<Tokens<Grant>>,
     stop: watch::Sender<bool>,
-    accepting: JoinHandle<()>,
+    /// `None` once it was shut down.
+    accepting: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What connections share.
@@ -87,6 +90,8 @@ struct Shared {
     backend: Arc<dyn Backend>,
     limits: Limits,
     tls: Option<Tls>,
+    /// One for each session.
+    slots: Arc<Semaphore>,
     stop: watch::Receiver<bool>,
 }
 
@@ -109,19 +114,21 @@ impl Server {
             backend,
             limits: Limits {
                 idle_timeout: config.idle_timeout,
+                drain_timeout: config.drain_timeout,
                 creation_timeout: config.creation_timeout,
                 request_timeout: config.request_timeout,
             },
             tls,
+            slots: Arc::new(Semaphore::new(config.max_sessions)),
             stop: stopping,
         });
-        let slots = Arc::new(Semaphore::new(config.max_connections));
+        let lobby = Lobby::new(config.max_strangers);
         Ok(Self {
             address,
             base: format!("{scheme}://{host}"),
             tokens,
             stop,
-            accepting: tokio::spawn(accept(listener, slots, shared)),
+            accepting: Mutex::new(Some(tokio::spawn(accept(listener, lobby, shared)))),
         })
     }
 
@@ -167,18 +174,32 @@ impl Server {
 
     /// Closes every connection, tells backends that their clients are gone, and waits up to `limit`
     /// for what they do about it; what is left then is dropped.
-    pub async fn shutdown(mut self, limit: Duration) {
+    pub async fn shutdown(&self, limit: Duration) {
         self.stop.send_replace(true);
-        if timeout(limit, &mut self.accepting).await.is_err() {
+        let Some(mut accepting) = self.take_accepting() else {
+            return;
+        };
+        if timeout(limit, &mut accepting).await.is_err() {
             tracing::warn!("streaming sessions were cut off");
+            // Its connections are the task's, and end with it.
+            accepting.abort();
         }
+    }
+
+    fn take_accepting(&self) -> Option<JoinHandle<()>> {
+        let mut accepting = self
+            .accepting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        accepting.take()
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Its connections are the task's, and end with it.
-        self.accepting.abort();
+        if let Some(accepting) = self.take_accepting() {
+            accepting.abort();
+        }
     }
 }
 
@@ -206,19 +227,15 @@ fn check(stdio: Stdio) -> Result<()> {
 }
 
 /// Accepts until the server stops, and then until every connection has ended.
-async fn accept(listener: TcpListener, slots: Arc<Semaphore>, shared: Arc<Shared>) {
+async fn accept(listener: TcpListener, lobby: Arc<Lobby>, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     let mut stop = shared.stop.clone();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((tcp, _)) => match slots.clone().try_acquire_owned() {
-                    Ok(slot) => {
-                        connections.spawn(connection(tcp, shared.clone(), slot));
-                    }
-                    // Hanging up is all that can be afforded; the token stays good.
-                    Err(_) => tracing::warn!("too many streaming connections"),
-                },
+                Ok((tcp, _)) => {
+                    connections.spawn(connection(tcp, shared.clone(), lobby.enter()));
+                }
                 Err(error) => {
                     tracing::warn!(%error, "streaming: accept failed");
                     sleep(ACCEPT_PAUSE).await;
@@ -245,21 +262,20 @@ enum Plan {
 }
 
 /// One connection, from accept to end.
-async fn connection(tcp: TcpStream, shared: Arc<Shared>, _slot: OwnedSemaphorePermit) {
-    if let Err(error) = conn::prepare(&tcp) {
-        tracing::debug!(%error, "streaming: a connection that was over at once");
-        return;
-    }
-    let limit = shared.limits.request_timeout;
-    let conn = match &shared.tls {
-        None => Conn::Plain(tcp),
-        Some(tls) => match timeout(limit, tls.acceptor().accept(tcp)).await {
-            Ok(Ok(tls)) => Conn::Tls(Box::new(tls)),
-            Ok(Err(error)) => return tracing::debug!(%error, "streaming: TLS handshake"),
-            Err(_) => return tracing::debug!("streaming: TLS handshake took too long"),
-        },
+async fn connection(tcp: TcpStream, shared: Arc<Shared>, guest: Guest) {
+    let admitted = tokio::select! {
+        admitted = admit(tcp, &shared, &guest) => admitted,
+        () = guest.pushed_out() => {
+            return tracing::warn!("too many streaming connections without a token: the oldest is closed");
+        }
     };
-    let Some((plan, upgrade)) = request(conn, &shared).await else {
+    drop(guest);
+    let Some(Admitted {
+        plan,
+        upgrade,
+        _slot,
+    }) = admitted
+    else {
         return;
     };
     let upgraded = match upgrade.await {
@@ -281,13 +297,44 @@ async fn connection(tcp: TcpStream, shared: Arc<Shared>, _slot: OwnedSemaphorePe
     }
 }
 
+/// A client that has shown its token.
+struct Admitted {
+    plan: Plan,
+    upgrade: OnUpgrade,
+    _slot: OwnedSemaphorePermit,
+}
+
+/// All that comes before a session. `None` when the connection ends with that.
+async fn admit(tcp: TcpStream, shared: &Shared, guest: &Guest) -> Option<Admitted> {
+    if let Err(error) = conn::prepare(&tcp) {
+        tracing::debug!(%error, "streaming: a connection that was over at once");
+        return None;
+    }
+    let limit = shared.limits.request_timeout;
+    let conn = match &shared.tls {
+        None => Conn::Plain(tcp),
+        Some(tls) => match timeout(limit, tls.acceptor().accept(tcp)).await {
+            Ok(Ok(tls)) => Conn::Tls(Box::new(tls)),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "streaming: TLS handshake");
+                return None;
+            }
+            Err(_) => {
+                tracing::debug!("streaming: TLS handshake took too long");
+                return None;
+            }
+        },
+    };
+    request(conn, shared, guest).await
+}
+
 /// Reads and answers one request. `None` when the connection ends with that.
-async fn request(conn: Conn, shared: &Arc<Shared>) -> Option<(Plan, OnUpgrade)> {
+async fn request(conn: Conn, shared: &Shared, guest: &Guest) -> Option<Admitted> {
     let accepted = Mutex::new(None);
     let service = service_fn(|request: Request<Incoming>| {
-        let response = match answer(request, shared) {
-            Ok((plan, upgrade, response)) => {
-                *accepted.lock().unwrap_or_else(PoisonError::into_inner) = Some((plan, upgrade));
+        let response = match answer(request, shared, guest) {
+            Ok((admitted, response)) => {
+                *accepted.lock().unwrap_or_else(PoisonError::into_inner) = Some(admitted);
                 response
             }
             Err(response) => *response,
@@ -333,11 +380,12 @@ fn refuse(status: StatusCode, text: impl Into<Bytes>) -> Box<Answer> {
 }
 
 /// Decides about a request. The token is used up by whoever presents it, whatever is wrong with the
-/// rest of the request.
+/// rest of the request; only where there is no room for a session it stays good.
 fn answer(
     mut request: Request<Incoming>,
     shared: &Shared,
-) -> std::result::Result<(Plan, OnUpgrade, Answer), Box<Answer>> {
+    guest: &Guest,
+) -> std::result::Result<(Admitted, Answer), Box<Answer>> {
     let not_found = || refuse(StatusCode::NOT_FOUND, "not found\n");
     let path = request.uri().path().strip_prefix('/').unwrap_or_default();
     let (kind, token) = path.split_once('/').ok_or_else(not_found)?;
@@ -348,12 +396,24 @@ fn answer(
             .insert(ALLOW, HeaderValue::from_static("GET, POST"));
         return Err(refusal);
     }
-    let grant = shared.tokens.take(token, Instant::now());
-    let grant = grant
-        .filter(|grant| grant.path() == kind)
-        .ok_or_else(not_found)?;
+    let slot = || shared.slots.clone().try_acquire_owned().ok();
+    let (grant, slot) = match shared.tokens.take(token, Instant::now(), slot) {
+        Taken::Grant(grant, slot) if grant.path() == kind => (grant, slot),
+        Taken::Grant(..) | Taken::Unknown => return Err(not_found()),
+        Taken::NoPlace => {
+            tracing::warn!("too many streaming sessions");
+            let text = "too many streaming sessions\n";
+            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, text));
+        }
+    };
+    guest.known();
     let (plan, response) = plan(grant, &request).map_err(refusal)?;
-    Ok((plan, hyper::upgrade::on(&mut request), response))
+    let admitted = Admitted {
+        plan,
+        upgrade: hyper::upgrade::on(&mut request),
+        _slot: slot,
+    };
+    Ok((admitted, response))
 }
 
 fn refusal(refusal: Refusal) -> Box<Answer> {
@@ -388,6 +448,13 @@ fn plan(grant: Grant, request: &Request<Incoming>) -> std::result::Result<(Plan,
                     let (name, form) = negotiate::websocket(headers, table)?;
                     if matches!(form, Forward::Channels(_)) && forward.ports.is_empty() {
                         return Err(Refusal::Bad("no ports were asked for over CRI"));
+                    }
+                    if form == Forward::Channels(Encoding::Base64)
+                        && forward.ports.len() * 2 > websocket::BASE64_CHANNELS
+                    {
+                        return Err(Refusal::Bad(
+                            "base64 has channels for 40 ports, and more were asked for over CRI",
+                        ));
                     }
                     let answer = websocket_answer(request, name)?;
                     Ok((Plan::WebSocketForward(forward, form), answer))

@@ -8,6 +8,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::backend::Client;
+use crate::server::Limits;
 
 /// Longest that a session waits, at its end, for the client to take the last bytes and hang up.
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
@@ -24,7 +25,7 @@ pub(crate) enum End {
     Done,
     /// The client closed its connection or it broke.
     Gone,
-    /// Nothing moved for the idle timeout.
+    /// Nothing moved for the idle timeout, or the client did not take the last bytes.
     Idle,
     /// The server is shutting down.
     Stopped,
@@ -36,6 +37,7 @@ pub(crate) enum End {
 pub(crate) struct Control {
     pub notify: Arc<Notify>,
     closing: AtomicBool,
+    ending: AtomicBool,
     gone: watch::Sender<bool>,
 }
 
@@ -44,6 +46,7 @@ impl Control {
         Arc::new(Self {
             notify: Arc::new(Notify::new()),
             closing: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             gone: watch::Sender::new(false),
         })
     }
@@ -58,6 +61,17 @@ impl Control {
         self.closing.load(Ordering::Acquire)
     }
 
+    /// Whether what the client is there for has ended, so that all that is left is for it to take
+    /// what waits. A session that forwards ports may begin anew.
+    pub fn set_ending(&self, ending: bool) {
+        self.ending.store(ending, Ordering::Release);
+        self.notify.notify_one();
+    }
+
+    pub fn ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire) || self.closing()
+    }
+
     /// Tells the user that the client is gone.
     pub fn set_gone(&self) {
         self.gone.send_replace(true);
@@ -70,24 +84,42 @@ impl Control {
 
 /// Times out when nothing has moved for a while.
 pub(crate) struct Idle {
-    limit: Duration,
-    last: Instant,
+    idle: Duration,
+    drain: Duration,
+    /// When something moved last, either way.
+    moved: Instant,
+    /// When something was sent last, or there was nothing that had to be.
+    sent: Instant,
 }
 
 impl Idle {
-    pub fn new(limit: Duration) -> Self {
+    pub fn new(limits: &Limits) -> Self {
         Self {
-            limit,
-            last: Instant::now(),
+            idle: limits.idle_timeout,
+            drain: limits.drain_timeout,
+            moved: Instant::now(),
+            sent: Instant::now(),
         }
     }
 
-    pub fn moved(&mut self) {
-        self.last = Instant::now();
+    pub fn received(&mut self) {
+        self.moved = Instant::now();
     }
 
-    pub fn deadline(&self) -> Instant {
-        self.last + self.limit
+    pub fn sent(&mut self) {
+        self.moved = Instant::now();
+        self.sent = self.moved;
+    }
+
+    /// When the session's time is up; `draining` says that all that is left is for the client to
+    /// take what waits. Whatever it sends then is no sign of that.
+    pub fn deadline(&mut self, draining: bool) -> Instant {
+        let idle = self.moved + self.idle;
+        if !draining {
+            self.sent = Instant::now();
+            return idle;
+        }
+        idle.min(self.sent + self.drain)
     }
 }
 

@@ -15,10 +15,12 @@ use crate::error::{Error, Result};
 /// What the server presents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Certificate {
-    /// Made at start and signed by itself. The kubelet, which got the URL over the CRI socket, does
-    /// not verify it.
+    /// Made at start and signed by itself, for clients that do not verify. The kubelet is none of
+    /// them: its proxy (NewUpgradeAwareHandler without a transport, pkg/kubelet/server) dials with
+    /// Go's defaults, which trust the machine's authorities alone.
     SelfSigned,
-    /// PEM files: certificate chain and private key.
+    /// PEM files: certificate chain and private key. For the kubelet the chain must lead to an
+    /// authority that its machine trusts, and name the address that is served on.
     Files { certificate: PathBuf, key: PathBuf },
 }
 

@@ -61,12 +61,39 @@ impl<T> Tokens<T> {
         Ok(token)
     }
 
-    /// Takes what the token stands for; it is used up whatever comes of it.
-    pub fn take(&self, token: &str, now: Instant) -> Option<T> {
+    /// Takes what the token stands for, if `place` finds a place for it; the token is used up then,
+    /// whatever comes of it.
+    pub fn take<P>(
+        &self,
+        token: &str,
+        now: Instant,
+        place: impl FnOnce() -> Option<P>,
+    ) -> Taken<T, P> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = waiting.remove(token)?;
-        (entry.expires > now).then_some(entry.grant)
+        let Some((token, entry)) = waiting.remove_entry(token) else {
+            return Taken::Unknown;
+        };
+        if entry.expires <= now {
+            return Taken::Unknown;
+        }
+        match place() {
+            Some(place) => Taken::Grant(entry.grant, place),
+            None => {
+                waiting.insert(token, entry);
+                Taken::NoPlace
+            }
+        }
     }
+}
+
+/// What a token was good for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Taken<T, P> {
+    Grant(T, P),
+    /// Nothing, or nothing any more.
+    Unknown,
+    /// Something for which there is no room now: it is good for another try.
+    NoPlace,
 }
 
 #[cfg(test)]
@@ -78,13 +105,33 @@ mod tests {
         Tokens::new(Duration::from_secs(60), capacity)
     }
 
+    fn take(tokens: &Tokens<u32>, token: &str, now: Instant) -> Option<u32> {
+        match tokens.take(token, now, || Some(())) {
+            Taken::Grant(grant, ()) => Some(grant),
+            Taken::Unknown => None,
+            Taken::NoPlace => panic!("there is a place"),
+        }
+    }
+
+    #[test]
+    fn a_token_that_finds_no_place_stays_good() {
+        let (tokens, now) = (tokens(10), Instant::now());
+        let token = tokens.insert(7, now).unwrap();
+        let none = tokens.take(&token, now, || None::<()>);
+        assert_eq!(none, Taken::NoPlace);
+        assert_eq!(take(&tokens, &token, now), Some(7));
+        // Who has none does not even ask.
+        let never = || -> Option<()> { panic!("asked") };
+        assert_eq!(tokens.take(&token, now, never), Taken::Unknown);
+    }
+
     #[test]
     fn a_token_is_good_once() {
         let (tokens, now) = (tokens(10), Instant::now());
         let token = tokens.insert(7, now).unwrap();
-        assert_eq!(tokens.take("guess", now), None);
-        assert_eq!(tokens.take(&token, now), Some(7));
-        assert_eq!(tokens.take(&token, now), None);
+        assert_eq!(take(&tokens, "guess", now), None);
+        assert_eq!(take(&tokens, &token, now), Some(7));
+        assert_eq!(take(&tokens, &token, now), None);
     }
 
     #[test]
@@ -94,8 +141,11 @@ mod tests {
             tokens.insert(1, now).unwrap(),
             tokens.insert(2, now).unwrap(),
         );
-        assert_eq!(tokens.take(&early, now + Duration::from_secs(59)), Some(1));
-        assert_eq!(tokens.take(&late, now + Duration::from_secs(60)), None);
+        assert_eq!(
+            take(&tokens, &early, now + Duration::from_secs(59)),
+            Some(1)
+        );
+        assert_eq!(take(&tokens, &late, now + Duration::from_secs(60)), None);
     }
 
     #[test]
@@ -108,7 +158,7 @@ mod tests {
             gantry_types::Kind::kind(&error),
             gantry_types::ErrorKind::ResourceExhausted
         );
-        tokens.take(all.iter().next().unwrap(), now).unwrap();
+        take(&tokens, all.iter().next().unwrap(), now).unwrap();
         tokens.insert(0, now).unwrap();
         assert!(tokens.insert(0, now + Duration::from_secs(30)).is_err());
         tokens.insert(0, now + Duration::from_secs(61)).unwrap();

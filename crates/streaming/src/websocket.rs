@@ -4,7 +4,6 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -18,18 +17,24 @@ use tungstenite::Message;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 
-use crate::channel::{Channel, Input, Output};
+use crate::channel::{Channel, Input, Output, SESSION_WINDOW};
 use crate::conn::Transport;
 use crate::negotiate::Encoding;
+use crate::server::Limits;
 use crate::session::{Control, End, Idle, LINGER, PROBE, stopped};
 
-/// Longest message that is taken. Clients that send a file at once make long ones.
-const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+/// Longest message that is taken: a mebibyte and its channel's number. Clients that send a file at
+/// once make long ones.
+const MAX_MESSAGE: usize = 1024 * 1024 + 1;
 
 /// Bytes of a channel that go into one message.
 const MAX_DATA: usize = 32 * 1024;
 
 const BUFFER: usize = 16 * 1024;
+
+/// Channels that base64 protocols can tell apart: the number is one character from `0` on, and text
+/// has one byte for those up to 127 alone.
+pub(crate) const BASE64_CHANNELS: usize = 128 - b'0' as usize;
 
 /// The number that half-closes the channel after it, from v5 on.
 const CLOSE_CHANNEL: u8 = 255;
@@ -87,7 +92,7 @@ impl<T: Transport> Session<T> {
         io: T,
         options: Options,
         control: Arc<Control>,
-        idle: Duration,
+        limits: &Limits,
         stop: watch::Receiver<bool>,
     ) -> (Self, Vec<(Input, Output)>) {
         let mut channels = Vec::with_capacity(options.channels);
@@ -109,7 +114,7 @@ impl<T: Transport> Session<T> {
             unflushed: false,
             write_first: false,
             control,
-            idle: Idle::new(idle),
+            idle: Idle::new(limits),
             stop,
         };
         (session, ends)
@@ -122,7 +127,7 @@ impl<T: Transport> Session<T> {
             self.control.set_gone();
         }
         for channel in &self.channels {
-            channel.reset();
+            channel.disconnect();
         }
         let code = match &end {
             End::Done => CloseCode::Normal,
@@ -146,12 +151,13 @@ impl<T: Transport> Session<T> {
             if closing && self.pending.is_none() && !self.unflushed {
                 return End::Done;
             }
-            let stalled = self.channels.iter().any(|channel| channel.over_window());
-            let deadline = self.idle.deadline();
+            let stalled = self.stalled();
+            let owes = self.pending.is_some() || self.unflushed;
+            let deadline = self.idle.deadline(control.ending() && owes);
             tokio::select! {
                 step = self.step(!stalled) => match step {
                     Step::Read(message) => {
-                        self.idle.moved();
+                        self.idle.received();
                         if let Err(reason) = self.receive(message) {
                             return End::Broken(reason.into());
                         }
@@ -160,7 +166,7 @@ impl<T: Transport> Session<T> {
                     Step::Broken(reason) => return End::Broken(reason),
                     // A probe is nothing that moves.
                     Step::Wrote if probing => probing = self.unflushed,
-                    Step::Wrote => self.idle.moved(),
+                    Step::Wrote => self.idle.sent(),
                 },
                 () = control.notify.notified() => {}
                 () = sleep_until(deadline) => return End::Idle,
@@ -177,6 +183,12 @@ impl<T: Transport> Session<T> {
                 }
             }
         }
+    }
+
+    /// The client sent more than its users keep up with: nothing is read until this is false.
+    fn stalled(&self) -> bool {
+        let queued: usize = self.channels.iter().map(|channel| channel.queued()).sum();
+        queued > SESSION_WINDOW || self.channels.iter().any(|channel| channel.over_window())
     }
 
     /// Reads a message, if `read`, or writes what waits, whichever can be done. May be dropped and

@@ -24,11 +24,12 @@ pub(crate) const MAX_FORWARDS: usize = 4096;
 /// How long one address may take to answer. It is the same machine.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// A connection into a pod, which counts for as long as this lives.
+/// A connection into a pod.
 #[derive(Debug)]
 pub struct Forward {
     pub stream: TcpStream,
-    _permit: OwnedSemaphorePermit,
+    /// The connection counts for as long as this lives.
+    pub permit: OwnedSemaphorePermit,
 }
 
 /// Connects to `port` on 127.0.0.1, and if nobody listens there on ::1.
@@ -56,10 +57,7 @@ pub(crate) async fn connect(ctx: &Context, pod: &PodView, port: u16) -> Result<F
                 stream
                     .set_nodelay(true)
                     .map_err(|error| Error::internal("forward to the pod", error))?;
-                return Ok(Forward {
-                    stream,
-                    _permit: permit,
-                });
+                return Ok(Forward { stream, permit });
             }
             Ok(Err(error)) => failures.push(format!("{address}: {error}")),
             Err(_) => failures.push(format!("{address}: no answer within {CONNECT_LIMIT:?}")),

@@ -37,8 +37,8 @@ use tokio::sync::{Semaphore, mpsc};
 pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
 pub use clock::now_ns;
 pub use container::{
-    AttachedInput, Attachment, AttachmentEnd, ContainerTerminal, Exec, ExecIo, ExecOutput,
-    ExecProcess, Terminal, TerminalSize,
+    Attachment, AttachmentEnd, ContainerTerminal, Exec, ExecIo, ExecOutput, ExecProcess, Terminal,
+    TerminalSize,
 };
 pub use error::Error;
 pub use forward::Forward;

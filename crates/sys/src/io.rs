@@ -45,6 +45,11 @@ pub fn pipe(nonblocking_reader: bool) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reader, writer))
 }
 
+/// Makes reads and writes of this open file description return `WouldBlock` instead of waiting.
+pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    Ok(rustix::io::ioctl_fionbio(fd, true)?)
+}
+
 /// Lets a pipe hold so many bytes, rounded up (F_SETPIPE_SZ, fcntl(2)); returns what it holds now.
 /// `PermissionDenied`: more than the system allows.
 pub fn set_pipe_size(pipe: impl AsFd, bytes: usize) -> io::Result<usize> {

@@ -29,11 +29,6 @@ pub fn is_terminal(fd: impl AsFd) -> bool {
     rustix::termios::isatty(fd)
 }
 
-/// Makes reads and writes of this open file description return `WouldBlock` instead of waiting.
-pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
-    Ok(rustix::io::ioctl_fionbio(fd, true)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

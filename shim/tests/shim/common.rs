@@ -397,10 +397,15 @@ impl Pod {
 
     /// An exec with the ends of three pipes; returns ours: stdin, stdout, stderr.
     pub fn exec(&mut self, id: &str, exec: &str, script: &str) -> Result<Exec, v1::Error> {
+        let body = self.exec_body(id, exec, script, false);
+        self.exec_as(body)
+    }
+
+    /// As `exec`, with a request that is made already.
+    pub fn exec_as(&mut self, body: request::Body) -> Result<Exec, v1::Error> {
         let (in_theirs, stdin) = gantry_sys::io::pipe(false).unwrap();
         let (stdout, out_theirs) = gantry_sys::io::pipe(false).unwrap();
         let (stderr, err_theirs) = gantry_sys::io::pipe(false).unwrap();
-        let body = self.exec_body(id, exec, script, false);
         let fds = [in_theirs.as_fd(), out_theirs.as_fd(), err_theirs.as_fd()];
         let process = match self.daemon.ask_with(body, &fds)?.0 {
             message::Body::Started(process) => process,
@@ -424,6 +429,7 @@ impl Pod {
             exec_id: exec.into(),
             process_json: process.to_string().into_bytes(),
             tty,
+            grace_ms: None,
         })
     }
 

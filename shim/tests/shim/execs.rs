@@ -1,12 +1,14 @@
 //! Processes run in a running container.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use gantry_shim_api::v1::{self, message, request};
 use gantry_sys::process::{alive, process_ref};
 
-use crate::common::{Pod, eventually, memory_mount, pod, runtimes, skip};
+use crate::common::{Daemon, Exec, Pod, eventually, memory_mount, pod, runtimes, skip};
 
 const RUNC: &str = "/usr/sbin/runc";
 
@@ -156,6 +158,58 @@ fn what_an_ended_exec_left_behind_can_still_be_killed() {
     kill_exec(&mut pod, "e1");
     assert_eq!(text(exec.stdout), "");
     pod.shutdown();
+}
+
+/// The request for an exec that is bound to its connection.
+fn bound(pod: &Pod, exec: &str, script: &str, grace_ms: u32) -> request::Body {
+    match pod.exec_body("c1", exec, script, false) {
+        request::Body::Exec(exec) => request::Body::Exec(v1::Exec {
+            grace_ms: Some(grace_ms),
+            ..exec
+        }),
+        other => other,
+    }
+}
+
+#[test]
+fn an_exec_whose_daemon_is_gone_is_ended_with_its_tree() {
+    if skip("an_exec_whose_daemon_is_gone_is_ended_with_its_tree") {
+        return;
+    }
+    const GRACE: Duration = Duration::from_millis(1500);
+    let mut pod = pod(Path::new(RUNC));
+    pod.run("c1", "sleep 600");
+    let up = |exec: &mut Exec| exec.stdout.read_exact(&mut [0; 3]).unwrap();
+    let script = "sleep 601 & setsid sleep 602 & echo up; wait";
+    let body = bound(&pod, "stubborn", script, GRACE.as_millis() as u32);
+    let mut stubborn = pod.exec_as(body).unwrap();
+    up(&mut stubborn);
+    // It ends by itself, and leaves one behind.
+    let body = bound(&pod, "polite", "sleep 603 & echo up; read x", 600_000);
+    let mut polite = pod.exec_as(body).unwrap();
+    up(&mut polite);
+    // As older daemons ask.
+    let free = pod.exec("c1", "free", "sleep 604").unwrap();
+    // One that does not run yet when its daemon goes.
+    let (mut output, theirs) = std::io::pipe().unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let fds = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
+    let body = bound(&pod, "late", "sleep 605 & echo up; wait", 0);
+    pod.daemon.send(Some(body), &fds);
+    drop(theirs);
+
+    let gone = Instant::now();
+    pod.daemon = Daemon::connect(&pod.socket());
+    pod.daemon.greet();
+    drop(polite.stdin);
+    assert_eq!(text(polite.stdout), "", "what it left holds its output");
+    // Whoever holds it has ended.
+    output.read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(text(stubborn.stdout), "");
+    assert!(gone.elapsed() >= GRACE, "{:?}", gone.elapsed());
+    assert!(alive(free.process.into()));
+    pod.shutdown();
+    assert_eq!(pod.leftovers(), Vec::<String>::new());
 }
 
 #[test]

@@ -7,6 +7,18 @@ use tonic::Status;
 use super::Runtime;
 use crate::status::{invalid, status};
 
+/// The streams that a request of CRI names: those of Exec and Attach have the same fields.
+macro_rules! stdio {
+    ($request:expr) => {
+        Stdio {
+            stdin: $request.stdin,
+            stdout: $request.stdout,
+            stderr: $request.stderr,
+            tty: $request.tty,
+        }
+    };
+}
+
 impl Runtime {
     pub(super) async fn exec_url(
         &self,
@@ -21,17 +33,15 @@ impl Runtime {
         let request = ExecRequest {
             container: view.facts.id.clone(),
             command: request.cmd,
-            stdio: Stdio {
-                stdin: request.stdin,
-                stdout: request.stdout,
-                stderr: request.stderr,
-                tty: request.tty,
-            },
+            stdio: stdio!(request),
         };
         let url = self.streaming.exec(request).map_err(status)?;
         Ok(cri::ExecResponse { url })
     }
 
+    /// A `tty` that is not the container's own is the client's affair: it opens the streams for it,
+    /// and gets what the container has. The kubelet always sends the container's own, and containerd
+    /// does not look at it.
     pub(super) async fn attach_url(
         &self,
         request: cri::AttachRequest,
@@ -42,19 +52,9 @@ impl Runtime {
             .running_container(id)
             .await
             .map_err(status)?;
-        let tty = view.facts.config.tty;
-        if request.tty != tty {
-            let reason = format!("is {}, and the container's is {tty}", request.tty);
-            return Err(invalid("tty", reason));
-        }
         let request = AttachRequest {
             container: view.facts.id.clone(),
-            stdio: Stdio {
-                stdin: request.stdin,
-                stdout: request.stdout,
-                stderr: request.stderr,
-                tty,
-            },
+            stdio: stdio!(request),
         };
         let url = self.streaming.attach(request).map_err(status)?;
         Ok(cri::AttachResponse { url })

@@ -29,13 +29,10 @@ use super::Decoder;
 use super::frame::{self, Frame, FrameError, Goaway, Reset};
 use super::headers::{CompressionError, HeaderWriter, Headers};
 use super::window::{INITIAL, Window};
-use crate::channel::{Channel, Input, Output, WINDOW};
+use crate::channel::{Channel, Input, Output, SESSION_WINDOW, WINDOW};
 
 /// Streams that a client may have open at a time; a forwarded connection takes two.
 pub(crate) const MAX_STREAMS: usize = 256;
-
-/// Bytes that wait for users, over all streams of a session, before the client is held back.
-const SESSION_WINDOW: usize = 1024 * 1024;
 
 /// Longest data frame that is sent.
 const MAX_DATA: usize = 16 * 1024;
@@ -188,7 +185,12 @@ impl Core {
                     self.data(id, &[], true);
                 }
             }
-            Frame::RstStream { id, .. } => self.forget(id),
+            Frame::RstStream { id, .. } => {
+                if let Some(stream) = self.streams.get(&id) {
+                    stream.channel.reset();
+                }
+                self.forget(id);
+            }
             Frame::Settings(entries) => {
                 for (id, value) in entries {
                     if id == frame::SETTINGS_INITIAL_WINDOW_SIZE {
@@ -304,7 +306,7 @@ impl Core {
 
     fn forget(&mut self, id: u32) {
         if let Some(stream) = self.streams.remove(&id) {
-            stream.channel.reset();
+            stream.channel.disconnect();
             // Its user may go on reading; the session does not count that.
             let (queued, consumed) = (stream.channel.queued(), stream.channel.take_consumed());
             self.consumed += queued + consumed;
@@ -420,6 +422,12 @@ impl Core {
         self.closing && self.streams.values().all(|stream| stream.fin_sent)
     }
 
+    /// Whether something waits for the client to take it.
+    pub fn owes(&self) -> bool {
+        let waits = |stream: &Stream| !stream.fin_sent && stream.channel.pending().bytes > 0;
+        !self.out.is_empty() || self.streams.values().any(waits)
+    }
+
     /// Ends every user's writing; what is queued is still sent.
     pub fn finish_all(&self) {
         for stream in self.streams.values() {
@@ -430,7 +438,7 @@ impl Core {
     /// The connection is over: users are told.
     pub fn end(&mut self) {
         for (_, stream) in std::mem::take(&mut self.streams) {
-            stream.channel.reset();
+            stream.channel.disconnect();
         }
     }
 

@@ -16,4 +16,4 @@ mod window;
 
 pub use frame::{Decoder, Frame};
 pub use headers::{HeaderReader, HeaderWriter, Headers};
-pub use replay::{Held, replay};
+pub use replay::{Held, check, replay};

@@ -7,7 +7,8 @@ use futures::FutureExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Notify;
 
-use super::core::Core;
+use super::core::{Core, Incoming, MAX_STREAMS};
+use crate::channel::SESSION_WINDOW;
 
 /// Most that a session held at a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,8 +17,35 @@ pub struct Held {
     pub out: usize,
     /// Bytes from the client that no frame could be made of yet, or that a stalled session left.
     pub input: usize,
-    /// Streams that its user was given.
+    /// Streams that its user was given and the client did not take back.
     pub streams: usize,
+    /// Bytes that waited for its user, also on streams that the client took back.
+    pub queued: usize,
+}
+
+/// Most that [`check`] lets a session hold.
+const BOUNDS: Held = Held {
+    out: 256 * 1024,
+    // The longest frame that is waited for, and a piece.
+    input: 24 * 1024,
+    streams: MAX_STREAMS,
+    queued: SESSION_WINDOW + 24 * 1024,
+};
+
+/// What fuzzers run: a session, the first byte of which says in what pieces the rest arrives. Panics
+/// when it holds more than it may.
+pub fn check(bytes: &[u8]) {
+    let Some((piece, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let held = replay(bytes, usize::from(*piece) * 16 + 1);
+    let bounds = [
+        (held.out, BOUNDS.out),
+        (held.input, BOUNDS.input),
+        (held.streams, BOUNDS.streams),
+        (held.queued, BOUNDS.queued),
+    ];
+    assert!(bounds.iter().all(|(held, most)| held <= most), "{held:?}");
 }
 
 /// Runs a session's state machine over what a client sent, in pieces of `piece` bytes, with a user
@@ -34,7 +62,14 @@ pub fn replay(bytes: &[u8], piece: usize) -> Held {
         while let Ok(stream) = incoming.try_recv() {
             users.push(stream);
         }
-        held.streams = held.streams.max(users.len());
+        let taken_back = |user: &Incoming| user.output.channel().was_reset();
+        let queued = |user: &Incoming| user.output.channel().queued();
+        held.streams = held
+            .streams
+            .max(users.iter().filter(|user| !taken_back(user)).count());
+        held.queued = held.queued.max(users.iter().map(queued).sum());
+        // Whoever serves a stream lets go of it when its client does.
+        users.retain(|user| !taken_back(user));
         for user in &mut users {
             let id = user.id / 2;
             if id.is_multiple_of(3) {

@@ -1,7 +1,6 @@
 //! Runs a session's state machine over a connection.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, sleep_until};
@@ -9,6 +8,7 @@ use tokio::time::{sleep, sleep_until};
 use super::core::{Core, Incoming, Policy};
 use super::frame::Goaway;
 use crate::conn::Transport;
+use crate::server::Limits;
 use crate::session::{Control, End, Idle, PROBE, stopped};
 use crate::wire::{Step, Wire};
 
@@ -26,7 +26,7 @@ impl<T: Transport> Session<T> {
         io: T,
         policy: Policy,
         control: Arc<Control>,
-        idle: Duration,
+        limits: &Limits,
         stop: watch::Receiver<bool>,
     ) -> (Self, mpsc::Receiver<Incoming>) {
         let (core, incoming) = Core::new(policy, control.notify.clone());
@@ -34,7 +34,7 @@ impl<T: Transport> Session<T> {
             wire: Wire::new(io),
             core,
             control,
-            idle: Idle::new(idle),
+            idle: Idle::new(limits),
             stop,
         };
         (session, incoming)
@@ -82,6 +82,8 @@ impl<T: Transport> Session<T> {
                 return End::Done;
             }
             let stalled = core.stalled();
+            let owes = core.owes() || !wire.flushed();
+            let deadline = idle.deadline(control.ending() && owes);
             tokio::select! {
                 step = wire.step(!stalled, &mut core.out) => match step {
                     Ok(Step::Closed) | Err(_) => return End::Gone,
@@ -89,10 +91,11 @@ impl<T: Transport> Session<T> {
                     Ok(Step::Wrote) if probing => {
                         probing = !(core.out.is_empty() && wire.flushed());
                     }
-                    Ok(Step::Read(_) | Step::Wrote) => idle.moved(),
+                    Ok(Step::Read(_)) => idle.received(),
+                    Ok(Step::Wrote) => idle.sent(),
                 },
                 () = notify.notified() => {}
-                () = sleep_until(idle.deadline()) => return End::Idle,
+                () = sleep_until(deadline) => return End::Idle,
                 () = stopped(stop) => return End::Stopped,
                 () = sleep(PROBE), if stalled => {
                     if wire.peer_closed() {

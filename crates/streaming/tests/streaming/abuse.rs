@@ -6,7 +6,7 @@ use std::time::Duration;
 use gantry_streaming::Config;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::common::http::{self, ask, connect, read_answer};
+use crate::common::http::{self, connect, read_answer};
 use crate::common::spdy::{control, data, open, upgrade};
 use crate::common::{IN_OUT, Node, OUT, soon, start, start_with, until};
 
@@ -193,10 +193,20 @@ async fn a_request_with_a_huge_head_is_refused() {
     assert_eq!(answer.status, 431);
 }
 
+/// Asks for the upgrade of an exec or a port forward; the status of the answer.
+async fn spdy_status(url: &str) -> u16 {
+    let mut headers = http::SPDY.to_vec();
+    headers.push((
+        "X-Stream-Protocol-Version",
+        "v4.channel.k8s.io,portforward.k8s.io",
+    ));
+    http::status("GET", url, &headers).await
+}
+
 #[tokio::test]
-async fn connections_over_the_bound_are_closed_and_cost_no_token() {
+async fn sessions_over_the_bound_are_refused_and_cost_no_token() {
     let config = Config {
-        max_connections: 3,
+        max_sessions: 3,
         ..Config::default()
     };
     let node = start_with(config).await;
@@ -205,19 +215,59 @@ async fn connections_over_the_bound_are_closed_and_cost_no_token() {
         clients.push(open(&node.exec(OUT, &["deaf"]), &["error", "stdout"]).await);
     }
     let url = node.exec(OUT, &["exit", "0"]);
-    let mut tcp = connect(&url).await;
-    let closed = soon(tcp.read(&mut [0; 1])).await;
-    assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
+    assert_eq!(spdy_status(&url).await, 503);
     drop(clients.pop());
     until("gone", || node.memory.ended.load(SeqCst) == 1).await;
     // The slot is free once the session's end has been written off.
-    let mut headers = http::SPDY.to_vec();
-    headers.push(("X-Stream-Protocol-Version", "v4.channel.k8s.io"));
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(
-        ask(&mut connect(&url).await, "GET", &url, &headers)
+    let start = std::time::Instant::now();
+    while spdy_status(&url).await != 101 {
+        assert!(start.elapsed() < crate::common::SOON);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn connections_that_show_no_token_shut_nobody_out() {
+    let config = Config {
+        max_sessions: 2,
+        max_strangers: 4,
+        request_timeout: Duration::from_secs(600),
+        ..Config::default()
+    };
+    let node = start_with(config).await;
+    let url = node.exec(OUT, &["deaf"]);
+    let mut silent = Vec::new();
+    for n in 0..50 {
+        let mut tcp = connect(&url).await;
+        // Some say something, and then nothing more; some guess.
+        match n % 3 {
+            0 => {}
+            1 => tcp.write_all(b"GET /exec/").await.unwrap(),
+            _ => tcp
+                .write_all(b"GET /exec/guess HTTP/1.1\r\n")
+                .await
+                .unwrap(),
+        }
+        silent.push(tcp);
+    }
+    let first = open(&url, &["error", "stdout"]).await;
+    let second = open(&node.exec(OUT, &["deaf"]), &["error", "stdout"]).await;
+    // The oldest were pushed out, and the last are still there.
+    let closed = soon(silent[0].read(&mut [0; 1])).await;
+    assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
+    let last = silent.last_mut().unwrap();
+    let quiet = Duration::from_millis(200);
+    assert!(
+        tokio::time::timeout(quiet, last.read(&mut [0; 1]))
             .await
-            .status,
-        101
+            .is_err()
     );
+    // Nor do they push out who has a session.
+    drop(silent);
+    for _ in 0..10 {
+        connect(&url).await;
+    }
+    until("begun", || node.memory.begun.load(SeqCst) == 2).await;
+    assert_eq!(node.memory.gone.load(SeqCst), 0);
+    drop((first, second));
 }

@@ -10,7 +10,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::common::backend::{BYE, COUNT, DEAF, ECHO, REFUSED};
 use crate::common::spdy::{Client, upgrade};
-use crate::common::{noise, pod, sha256, soon, start, start_with, until, websocket};
+use crate::common::{http, noise, pod, sha256, soon, start, start_with, until, websocket};
 
 const PROTOCOL: &str = "portforward.k8s.io";
 
@@ -122,6 +122,83 @@ async fn a_connection_that_its_client_resets_is_no_failure() {
     client.until(|c| c.seen(error).fin).await;
     assert_eq!(client.text(error), "");
     assert_eq!(node.memory.ended.load(SeqCst), 1);
+}
+
+/// As kubectl does when its own side of a connection is over while the pod does not read.
+#[tokio::test]
+async fn a_connection_that_is_reset_is_dropped_though_its_pod_reads_nothing() {
+    let node = start().await;
+    let mut client = upgrade(&node.forward(&[]), PROTOCOL).await;
+    // More than a session may have at a time.
+    for n in 0..500 {
+        let (_, data) = pair(&mut client, DEAF, &n.to_string()).await;
+        client.send(data, &[0; 4000]).await;
+        client.ping(1).await;
+        client.until(|c| c.pongs.len() > n).await;
+        client.reset(data).await;
+    }
+    let (begun, ended) = (&node.memory.begun, &node.memory.ended);
+    until("all over", || ended.load(SeqCst) == begun.load(SeqCst)).await;
+    let (_, healthy) = pair(&mut client, ECHO, "healthy").await;
+    client.send(healthy, b"still here").await;
+    client.until(|c| c.text(healthy) == "still here").await;
+    assert!(begun.load(SeqCst) > 400, "{}", begun.load(SeqCst));
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_while_a_pod_holds_it_back_is_noticed() {
+    let node = start().await;
+    let mut client = upgrade(&node.forward(&[]), PROTOCOL).await;
+    let (_, data) = pair(&mut client, DEAF, "0").await;
+    let flood = async {
+        loop {
+            client.send(data, &[0; 32 * 1024]).await;
+        }
+    };
+    let held = tokio::time::timeout(Duration::from_secs(1), flood).await;
+    assert!(held.is_err());
+    drop(client);
+    until("ended", || node.memory.ended.load(SeqCst) == 1).await;
+}
+
+#[tokio::test]
+async fn what_waits_over_all_channels_of_a_websocket_is_bounded() {
+    const PORTS: usize = 64;
+    let node = start().await;
+    let mut socket = websocket::upgrade(&node.forward(&[DEAF; PORTS]), "v4.channel.k8s.io").await;
+    // Each channel for itself would take that much: 16 MB, more than sockets hold.
+    let fill = async {
+        for _ in 0..10 {
+            for channel in 0..PORTS {
+                websocket::send(&mut socket, channel as u8 * 2, &[0; 25_000]).await;
+            }
+        }
+    };
+    let held = tokio::time::timeout(Duration::from_secs(3), fill).await;
+    assert!(held.is_err(), "all of it was taken");
+    drop(socket);
+    until("ended", || node.memory.ended.load(SeqCst) == PORTS).await;
+}
+
+#[tokio::test]
+async fn base64_has_no_more_channels_than_it_has_characters() {
+    let node = start().await;
+    for (ports, status) in [(40, 101), (41, 400)] {
+        let url = node.forward(&vec![ECHO; ports]);
+        let mut headers = http::WEBSOCKET.to_vec();
+        headers.push(("Sec-WebSocket-Protocol", "v4.base64.channel.k8s.io"));
+        assert_eq!(http::status("GET", &url, &headers).await, status, "{ports}");
+    }
+    // The last channel is one character still.
+    let mut socket =
+        websocket::upgrade(&node.forward(&[ECHO; 40]), "v4.base64.channel.k8s.io").await;
+    let last = char::from(b'0' + 79);
+    loop {
+        let message = soon(socket.next()).await.unwrap().unwrap();
+        if message.to_text().unwrap() == format!("{last}BwA=") {
+            break;
+        }
+    }
 }
 
 #[tokio::test]

@@ -9,18 +9,24 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use gantry_ports::Error;
 use gantry_streaming::{
-    AttachRequest, Backend, Config, Duplex, ExecRequest, ProcessIo, Server, Stdio, Streams, relay,
+    AttachRequest, Backend, Config, Drain, Duplex, ExecRequest, ProcessIo, Server, Stdio, Streams,
+    relay,
 };
 use gantry_types::PodId;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use tokio::io::AsyncWriteExt;
 
-use crate::common::spdy::{Client, open};
+use crate::common::http;
+use crate::common::spdy::{Client, control, open};
 use crate::common::{ALL, IN_OUT, OUT, TERMINAL, container, noise, sha256, soon};
 
 /// Runs commands of the host.
 struct Host;
 
-const SILENCE: Duration = Duration::from_millis(300);
+const DRAIN: Drain = Drain {
+    silence: Duration::from_millis(300),
+    stall: Duration::from_secs(1),
+};
 
 #[async_trait]
 impl Backend for Host {
@@ -68,7 +74,7 @@ impl Backend for Host {
         drop(command);
         let exit = tokio::task::spawn_blocking(move || child.wait());
         let ends = (streams.stdin, streams.stdout, streams.stderr);
-        let status = relay(ends, io, exit, SILENCE)
+        let status = relay(ends, io, exit, DRAIN)
             .await
             .unwrap()
             .map_err(failed)?;
@@ -84,12 +90,19 @@ impl Backend for Host {
     }
 }
 
+/// The server's bound is half of the relay's.
+fn config() -> Config {
+    Config {
+        drain_timeout: DRAIN.stall / 2,
+        max_sessions: 1,
+        ..Config::default()
+    }
+}
+
 /// A client of `sh -c script` with all its streams open: error, then stdin, stdout and stderr as
 /// wanted.
 async fn sh(stdio: Stdio, script: &str) -> (Server, Client<tokio::net::TcpStream>) {
-    let server = Server::bind(Config::default(), Arc::new(Host))
-        .await
-        .unwrap();
+    let server = Server::bind(config(), Arc::new(Host)).await.unwrap();
     let request = ExecRequest {
         container: container(),
         command: ["sh", "-c", script].map(String::from).to_vec(),
@@ -130,7 +143,7 @@ async fn a_process_gets_its_input_and_its_output_and_exit_code_are_seen() {
 #[tokio::test]
 async fn all_output_of_a_process_that_has_ended_reaches_a_client_that_reads_late() {
     let (_server, mut client) = sh(OUT, "head -c 3000000 /dev/zero; echo end").await;
-    tokio::time::sleep(SILENCE * 3).await;
+    tokio::time::sleep(DRAIN.silence * 3).await;
     client.finish().await;
     assert_eq!(client.seen(3).data.len(), 3_000_004);
     assert!(client.seen(3).data.ends_with(b"end\n"));
@@ -183,4 +196,42 @@ async fn a_terminal_carries_both_directions() {
         client.text(5)
     );
     assert_eq!(client.status(1)["status"], "Success");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_take_the_last_bytes_is_given_up() {
+    // It writes until nobody takes any more, and ends.
+    let script = "timeout 1 yes; sleep 0.1";
+    let (server, client) = sh(OUT, script).await;
+    let start = Instant::now();
+    free_again(&server).await;
+    assert!(start.elapsed() > DRAIN.stall, "{:?}", start.elapsed());
+    drop(client);
+    // What is sent is no sign that it reads.
+    let (server, mut client) = sh(IN_OUT, script).await;
+    let chatty = async {
+        let ping = control(6, 0, &1u32.to_be_bytes());
+        while client.io().write_all(&ping).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::join!(free_again(&server), chatty);
+}
+
+/// Waits until the one session that there may be is over.
+async fn free_again(server: &Server) {
+    let request = ExecRequest {
+        container: container(),
+        command: vec!["true".to_owned()],
+        stdio: OUT,
+    };
+    let mut headers = http::SPDY.to_vec();
+    headers.push(("X-Stream-Protocol-Version", "v4.channel.k8s.io"));
+    let url = server.exec(request).unwrap();
+    soon(async {
+        while http::status("GET", &url, &headers).await != 101 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
 }

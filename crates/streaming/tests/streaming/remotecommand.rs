@@ -285,7 +285,8 @@ async fn a_shutdown_ends_every_session_and_waits_for_backends() {
     let mut client = open(&node.exec(IN_OUT, &["deaf"]), &["error", "stdin", "stdout"]).await;
     until("begun", || node.memory.begun.load(SeqCst) == 1).await;
     let address = node.server.address();
-    let closing = tokio::spawn(node.server.shutdown(Duration::from_secs(20)));
+    let server = node.server;
+    let closing = tokio::spawn(async move { server.shutdown(Duration::from_secs(20)).await });
     client.finish().await;
     drop(client);
     crate::common::soon(closing).await.unwrap();

@@ -196,13 +196,14 @@ async fn messages_that_break_the_protocol_end_the_session() {
     for raw in [
         &b"\x82\x01x"[..],
         b"\x82\xff\x00\x00\x00\x00\x10\x00\x00\x00abcd",
+        b"\x82\xff\x00\x00\x00\x00\x00\x10\x00\x02abcd",
         b"\x80\x80abcd",
     ] {
         let mut socket = v5().await;
         socket.get_mut().write_all(raw).await.unwrap();
         assert_eq!(finish(&mut socket).await.1, Some(1002), "{raw:?}");
     }
-    until("all noticed", || node.memory.gone.load(SeqCst) == 7).await;
+    until("all noticed", || node.memory.gone.load(SeqCst) == 8).await;
     // Empty messages and channels that are not there carry nothing.
     let mut socket = upgrade(&node.exec(IN_OUT, &["cat"]), "v5.channel.k8s.io").await;
     socket.send(Message::binary(Vec::new())).await.unwrap();

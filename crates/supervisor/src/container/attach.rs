@@ -2,15 +2,14 @@
 //! the shim writes to beside the log; its input is written to directly.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_shim_api::v1::{self, request};
 use gantry_types::{ErrorKind, Kind};
 use nix::fcntl::OFlag;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
 use super::exec::TerminalSize;
@@ -27,16 +26,15 @@ const LAG: usize = 1 << 20;
 /// Longest reason that a shim gives.
 const REASON: u64 = 4096;
 
-/// Bytes on their way to the container.
-const BUFFER: usize = 16 << 10;
-
 /// A connection to a container's streams.
 pub struct Attachment {
     /// Reading ends of what was asked for; a terminal's output is stdout.
     pub stdout: Option<OwnedFd>,
     pub stderr: Option<OwnedFd>,
-    /// `None` when it was not asked for or the container has none to give.
-    pub stdin: Option<AttachedInput>,
+    /// What writes to the container's input; `None` when it was not asked for or the container has none
+    /// to give. Closing it is the end of the container's input if that was made with `stdin_once` and
+    /// no terminal.
+    pub stdin: Option<OwnedFd>,
     pub end: AttachmentEnd,
     pub terminal: ContainerTerminal,
 }
@@ -82,42 +80,6 @@ impl ContainerTerminal {
     }
 }
 
-/// What writes to a container's input.
-pub struct AttachedInput(AsyncFd<OwnedFd>);
-
-impl AttachedInput {
-    /// Writes all that comes to the container, until either is at its end, and lets go of it. That
-    /// is the end of the container's input if it was made with `stdin_once` and no terminal. True
-    /// if it was the client who ended it.
-    pub async fn write_from(self, mut from: impl AsyncRead + Unpin) -> bool {
-        let mut buffer = vec![0; BUFFER];
-        loop {
-            let mut rest = match from.read(&mut buffer).await {
-                // A client that is gone has nothing more to say either.
-                Ok(0) | Err(_) => return true,
-                Ok(count) => &buffer[..count],
-            };
-            while !rest.is_empty() {
-                match self.write(rest).await {
-                    Ok(count) => rest = &rest[count..],
-                    // The container has closed it or has ended.
-                    Err(_) => return false,
-                }
-            }
-        }
-    }
-
-    async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            let mut ready = self.0.writable().await?;
-            // `Err`: it was not writable after all.
-            if let Ok(written) = ready.try_io(|fd| gantry_sys::io::write(fd.as_fd(), bytes)) {
-                return written;
-            }
-        }
-    }
-}
-
 pub(crate) async fn attach(
     ctx: &Arc<Context>,
     shim: Arc<Shim>,
@@ -154,19 +116,11 @@ async fn begin(
             pipes.push(write);
         }
     }
-    let input = shim.attach(attach, pipes, limit).await.map_err(too_old)?;
-    let stdin = input.map(|input| -> io::Result<_> {
-        gantry_sys::pty::set_nonblocking(&input)?;
-        #[expect(
-            deprecated,
-            reason = "its successor is unsafe; an OwnedFd owns its descriptor"
-        )]
-        Ok(AttachedInput(AsyncFd::new(input)?))
-    });
+    let stdin = shim.attach(attach, pipes, limit).await.map_err(too_old)?;
     Ok(Attachment {
         stdout,
         stderr,
-        stdin: stdin.transpose().map_err(failed)?,
+        stdin,
         end: AttachmentEnd(pipe),
         terminal: ContainerTerminal {
             shim,
@@ -179,7 +133,7 @@ async fn begin(
 /// A pipe of which we keep the reading end, which does not block.
 fn output() -> io::Result<(OwnedFd, OwnedFd)> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    gantry_sys::pty::set_nonblocking(&read)?;
+    gantry_sys::io::set_nonblocking(&read)?;
     Ok((read, write))
 }
 

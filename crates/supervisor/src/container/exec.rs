@@ -61,6 +61,8 @@ pub(crate) async fn exec_sync(
         exec_id: exec_id.clone(),
         process_json: process,
         tty: false,
+        // Nobody else takes up its output.
+        grace_ms: Some(0),
     };
     let (stop, stopped) = watch::channel(false);
     let stdout = tokio::spawn(collect(stdout, stopped.clone()));

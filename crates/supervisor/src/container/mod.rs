@@ -30,7 +30,7 @@ use crate::records::{container_state, set_container_state};
 use crate::registry::{ContainerFacts, ContainerView};
 
 pub(crate) use attach::attach;
-pub use attach::{AttachedInput, Attachment, AttachmentEnd, ContainerTerminal};
+pub use attach::{Attachment, AttachmentEnd, ContainerTerminal};
 pub(crate) use create::half_made;
 pub(crate) use exec::exec_sync;
 pub use exec::{ExecOutput, TerminalSize};

@@ -71,7 +71,8 @@ impl ExecProcess {
         Ok(code)
     }
 
-    /// Kills the process and all that it began.
+    /// Kills the process and all that it began, as far as that can still be told once the process
+    /// has ended: what is in its session.
     pub async fn kill(&mut self) -> Result<(), Error> {
         self.guard.kill().await
     }
@@ -95,6 +96,7 @@ pub(crate) async fn exec(
         }
     };
     let exec_id = exec_id();
+    let grace = ctx.settings.timeouts.exec_grace;
     let guard = ExecGuard::new(ctx, &shim, &view, &exec_id);
     let exit = shim.exec_exit(&exec_id);
     let body = v1::Exec {
@@ -102,6 +104,7 @@ pub(crate) async fn exec(
         exec_id,
         process_json: process,
         tty: terminal.is_some(),
+        grace_ms: Some(u32::try_from(grace.as_millis()).unwrap_or(u32::MAX)),
     };
     let limit = ctx.settings.timeouts.runtime * 2;
     let (_, master) = shim.started(request::Body::Exec(body), fds, limit).await?;

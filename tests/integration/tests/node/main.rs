@@ -21,6 +21,7 @@ mod security;
 mod stop;
 mod store;
 mod streaming;
+mod streaming_ends;
 mod systemd;
 mod userns;
 mod walk;
