@@ -22,6 +22,7 @@ mod stop;
 mod store;
 mod streaming;
 mod streaming_ends;
+mod streaming_tls;
 mod systemd;
 mod userns;
 mod walk;
