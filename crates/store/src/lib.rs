@@ -288,7 +288,11 @@ impl Store {
 
     fn flush(&self) -> Result<(), Error> {
         self.flusher
-            .flush(|| self.db.flush().map(drop))
+            .flush(|| {
+                gantry_sys::failpoint::at("store::written")?;
+                self.db.flush()?;
+                gantry_sys::failpoint::at("store::flushed")
+            })
             .map_err(Error::Flush)
     }
 }

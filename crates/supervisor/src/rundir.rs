@@ -24,7 +24,7 @@ use std::time::Duration;
 use gantry_store::{Record, open_envelope, record, seal_envelope};
 use gantry_types::{ContainerId, PodId};
 
-use crate::Error;
+use crate::{Error, failpoint};
 
 #[derive(Clone, Debug)]
 pub struct RunDirs {
@@ -115,7 +115,8 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(path)
+        .create(path)?;
+    gantry_sys::failpoint::at("rundir::made")
 }
 
 /// Lets the members of a group pass through a directory, and nobody look into it.
@@ -162,7 +163,7 @@ pub fn remove_dir(path: &Path) -> Result<(), Error> {
     let mut tries = 0;
     loop {
         let error = match no_mount_below(path).and_then(|()| fs::remove_dir_all(path)) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return failpoint::at("rundir::removed"),
             Err(error) => error,
         };
         // Not found may be an entry that went between the listing and the look at it.
@@ -227,7 +228,8 @@ impl RunRecord for record::ContainerStatus {
 pub fn write_record<R: RunRecord>(dir: &Path, record: &R) -> Result<(), Error> {
     let path = dir.join(R::FILE);
     write_file(&path, &seal_envelope(R::VERSION, record), 0o600)
-        .map_err(|error| Error::io("write record file", &path, &error))
+        .map_err(|error| Error::io("write record file", &path, &error))?;
+    failpoint::at("rundir::written")
 }
 
 /// Reads a record file; `None` when there is none or it cannot be read, which is logged: the

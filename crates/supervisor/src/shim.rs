@@ -21,7 +21,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::Error;
+use crate::{Error, failpoint};
 use crate::pod::Msg;
 
 /// Version of the protocol that this daemon speaks.
@@ -98,6 +98,7 @@ pub async fn spawn(
         .spawn()
         .map_err(|error| Error::io(STEP, binary, &error))?;
     let handshake = async {
+        failpoint::at("shim::spawned")?;
         let mut stdin = child
             .stdin
             .take()
@@ -229,6 +230,7 @@ impl Shim {
             pod: self.pod.to_string(),
             reason: reason.into(),
         };
+        failpoint::at("shim::before-call")?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let frame = encode(&v1::Request {
             id,
@@ -247,6 +249,7 @@ impl Shim {
         match timeout(limit, exchange).await {
             Ok(reply) => {
                 self.misses.store(0, Ordering::Relaxed);
+                failpoint::at("shim::after-call")?;
                 reply
             }
             Err(_) => {

@@ -8,6 +8,7 @@
 pub mod caps;
 pub mod clone;
 pub mod epoll;
+pub mod failpoint;
 pub mod fs;
 pub mod io;
 pub mod memory;

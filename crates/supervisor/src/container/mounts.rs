@@ -19,7 +19,7 @@ use gantry_types::{ContainerId, Digest, ErrorKind};
 use super::root::Owners;
 use crate::registry::ContainerFacts;
 use crate::rundir::{make_dir, names};
-use crate::{Context, Error};
+use crate::{Context, Error, failpoint};
 
 const STEP: &str = "resolve mount";
 const MOUNTINFO: &str = "/proc/self/mountinfo";
@@ -178,6 +178,7 @@ fn view(
     ctx.snapshotter
         .view(&layers, &view, owners.of_mount())
         .map_err(|error| image_error(mount, error))?;
+    failpoint::at("view::mounted")?;
     Ok(view)
 }
 

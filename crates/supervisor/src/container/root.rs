@@ -18,7 +18,7 @@ use gantry_sys::fs::{self, FileType, OFlags};
 use crate::pod::Asked;
 use crate::registry::{ContainerFacts, PodFacts};
 use crate::rundir::make_dir;
-use crate::{Context, Error};
+use crate::{Context, Error, failpoint};
 
 /// VOLUMEs that an image may have: each is a copy of what it has there.
 const MAX_VOLUMES: usize = 64;
@@ -78,9 +78,11 @@ pub(super) fn make(
     ctx.snapshotter
         .prepare(&facts.id, &image.layers)
         .map_err(&step)?;
+    failpoint::at("root::prepared")?;
     ctx.snapshotter
         .mount(&facts.id, &image.layers, &rootfs, owners.of_mount())
         .map_err(&step)?;
+    failpoint::at("root::mounted")?;
     plain_dev(&rootfs).map_err(|error| Error::io("prepare root", &rootfs.join("dev"), &error))
 }
 

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::Container;
 use crate::clock::now_ns;
 use crate::pod::{Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup};
-use crate::{Context, Error};
+use crate::{Context, Error, failpoint};
 
 const SIGKILL: i32 = 9;
 
@@ -357,8 +357,10 @@ pub(crate) fn read_exit(bundle: &std::path::Path) -> Option<Exit> {
 /// Mounts, snapshot, run directory and records, in this order: the record goes last.
 pub(crate) fn remove_files(ctx: &Context, id: &ContainerId) -> Result<(), Error> {
     super::unmount(ctx, id)?;
+    failpoint::at("root::unmounted")?;
     ctx.snapshotter
         .remove(id)
         .map_err(Error::step("remove container"))?;
+    failpoint::at("root::removed")?;
     ctx.records.forget_container(id)
 }

@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, umount2};
 use super::{blocking, run};
 use crate::registry::PodFacts;
 use crate::shim::Shim;
-use crate::{Context, Error};
+use crate::{Context, Error, failpoint};
 
 /// Gives the network back. `raw` is the plugin's result, or the intent when there was none.
 pub(crate) async fn release_network(
@@ -25,10 +25,12 @@ pub(crate) async fn release_network(
     // A namespace that is gone took its interfaces along; addresses are still to be given back.
     let netns = is_netns(path).then_some(path);
     let attachment = run::attachment(facts, netns)?;
+    failpoint::at("network::before-release")?;
     ctx.network
         .detach(&attachment, raw)
         .await
-        .map_err(Error::step("tear down network"))
+        .map_err(Error::step("tear down network"))?;
+    failpoint::at("network::released")
 }
 
 /// Whether a namespace is mounted at `path`: an empty file is what a half-done pin leaves.
@@ -45,6 +47,7 @@ pub(crate) async fn end_shim(
     recorded: Option<ProcessRef>,
 ) -> Result<(), Error> {
     end_process(ctx, facts, shim, recorded).await?;
+    failpoint::at("shim::ended")?;
     stop_scopes(ctx, facts).await;
     Ok(())
 }
@@ -165,7 +168,7 @@ pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
         note(remove_cgroup(Path::new(dir)));
     }
     if failed.is_empty() {
-        Ok(())
+        failpoint::at("pod::swept")
     } else {
         Err(Error::internal("sweep", failed.join("; ")))
     }

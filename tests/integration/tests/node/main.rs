@@ -5,6 +5,7 @@
 mod advisories;
 mod chaos;
 mod containers;
+mod crossing;
 mod devices;
 mod exec;
 mod images;

@@ -1,0 +1,332 @@
+//! Every request crossed with every failpoint that it passes: the daemon is killed there, or the
+//! step fails there.
+//!
+//! Which failpoints there are is nowhere written down. Each request is made once by a daemon that
+//! notes those it passes, and then again for each of them. So a new failpoint is crossed without
+//! being named. Beside every crossing a container runs that nothing may happen to.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use gantry_integration::{Node, Pod, busybox_image, on_plain_node, script_config, sleeper};
+use gantry_testkit::cri::{self, v1};
+use gantry_testkit::daemon;
+use tonic::Code;
+
+/// A request and what there has to be before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Request {
+    RunPod,
+    Create,
+    Start,
+    ExecSync,
+    Update,
+    ReopenLog,
+    StopContainer,
+    RemoveContainer,
+    StopPod,
+    RemovePod,
+    PullImage,
+    RemoveImage,
+}
+use Request::*;
+
+/// What to do at a failpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// kill -9 of the daemon.
+    Kill,
+    /// The step fails, once.
+    Fail,
+}
+
+/// What a request is about.
+struct Scene {
+    image: String,
+    other_image: String,
+    pod: Option<Pod>,
+    container: String,
+}
+
+const OTHER: &str = "other";
+
+impl Scene {
+    fn pod(&self) -> &Pod {
+        self.pod.as_ref().expect("a pod")
+    }
+}
+
+impl Request {
+    /// Makes what the request needs.
+    async fn prepare(self, node: &Node, image: &str) -> Scene {
+        let registry = &node.registry;
+        registry.add(&format!("test/{OTHER}"), "1", busybox_image());
+        let mut scene = Scene {
+            image: image.to_owned(),
+            other_image: format!("{}/test/{OTHER}:1", registry.host()),
+            pod: None,
+            container: String::new(),
+        };
+        match self {
+            RunPod | PullImage => return scene,
+            RemoveImage => {
+                let pulled = node.client.pull(&scene.other_image).await;
+                pulled.expect("PullImage");
+                return scene;
+            }
+            _ => {}
+        }
+        let pod = node.pod("crossed").await;
+        if self != Create {
+            scene.container = node.create(&pod, &sleeper("c", image)).await;
+        }
+        if !matches!(self, Create | Start) {
+            let started = node.client.start(&scene.container).await;
+            started.expect("StartContainer");
+        }
+        if matches!(self, RemoveContainer | RemovePod) {
+            let stopped = node.client.stop(&scene.container, 0).await;
+            stopped.expect("StopContainer");
+        }
+        if self == RemovePod {
+            node.client.stop_pod(&pod.id).await.expect("StopPodSandbox");
+        }
+        scene.pod = Some(pod);
+        scene
+    }
+
+    async fn ask(self, node: &Node, scene: &Scene) -> cri::Result<()> {
+        let (client, container) = (&node.client, scene.container.as_str());
+        match self {
+            RunPod => drop(client.run_pod(&node.pod_config("crossed")).await?),
+            Create => {
+                let pod = scene.pod();
+                let config = sleeper("c", &scene.image);
+                drop(client.create(&pod.id, &config, &pod.config).await?);
+            }
+            Start => client.start(container).await?,
+            ExecSync => {
+                let output = client.exec(container, &["echo", "x"], 20).await?;
+                assert_eq!((output.exit_code, &*output.stdout), (0, &b"x\n"[..]));
+            }
+            Update => {
+                let resources = v1::LinuxContainerResources {
+                    cpu_shares: 333,
+                    ..Default::default()
+                };
+                client.update(container, resources).await?;
+            }
+            ReopenLog => client.reopen_log(container).await?,
+            StopContainer => client.stop(container, 1).await?,
+            RemoveContainer => client.remove(container).await?,
+            StopPod => client.stop_pod(&scene.pod().id).await?,
+            RemovePod => client.remove_pod(&scene.pod().id).await?,
+            PullImage => drop(client.pull(&scene.other_image).await?),
+            RemoveImage => client.remove_image(&scene.other_image).await?,
+        }
+        Ok(())
+    }
+
+    /// Repeats the request, which has to succeed, and looks at what it was to do.
+    async fn ask_again(self, node: &Node, scene: &Scene, at: &str) {
+        // What a kubelet does not start again.
+        let started = self == Start && node.is_running(&scene.container).await;
+        if !started {
+            let answer = self.ask(node, scene).await;
+            answer.unwrap_or_else(|error| panic!("{at}: {self:?} again: {error}"));
+        }
+        let pods = node.client.list_pods(None).await.unwrap();
+        let crossed: Vec<_> = pods
+            .iter()
+            .filter(|pod| pod.metadata.as_ref().unwrap().name == "crossed")
+            .collect();
+        let containers = node.client.list(None).await.unwrap();
+        let of = |name: &str| {
+            let named = containers
+                .iter()
+                .filter(move |container| container.metadata.as_ref().unwrap().name == name);
+            named.collect::<Vec<_>>()
+        };
+        let at = format!("{at}: after {self:?}: {crossed:?} {:?}", of("c"));
+        match self {
+            RunPod => {
+                assert!(
+                    crossed.len() == 1 && node.pod_is_ready(&crossed[0].id).await,
+                    "{at}"
+                );
+            }
+            Create => {
+                assert_eq!(of("c").len(), 1, "{at}");
+                node.client.start(&of("c")[0].id).await.unwrap();
+                assert_eq!(node.sh(&of("c")[0].id, "echo x").await, "x", "{at}");
+            }
+            Start | ExecSync | ReopenLog => {
+                assert_eq!(node.sh(&scene.container, "echo x").await, "x", "{at}");
+            }
+            Update => {
+                let status = node.status(&scene.container).await;
+                let linux = status.resources.and_then(|resources| resources.linux);
+                assert_eq!(linux.unwrap_or_default().cpu_shares, 333, "{at}");
+            }
+            StopContainer => {
+                let status = node.exited(&scene.container).await;
+                assert!(status.finished_at > 0, "{at}");
+            }
+            RemoveContainer => assert!(of("c").is_empty(), "{at}"),
+            StopPod => {
+                assert!(!node.pod_is_ready(&scene.pod().id).await, "{at}");
+                node.exited(&scene.container).await;
+            }
+            RemovePod => assert!(crossed.is_empty() && of("c").is_empty(), "{at}"),
+            PullImage => {
+                let image = node.client.image(&scene.other_image).await.unwrap();
+                assert!(image.is_some(), "{at}");
+                let pod = node.pod("pulled").await;
+                let id = node.run(&pod, &sleeper("p", &scene.other_image)).await;
+                assert_eq!(node.sh(&id, "echo x").await, "x", "{at}");
+            }
+            RemoveImage => {
+                let image = node.client.image(&scene.other_image).await.unwrap();
+                assert!(image.is_none(), "{at}");
+            }
+        }
+    }
+}
+
+/// How often each failpoint has been passed, by a trace.
+fn passed(trace: &Path) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for name in std::fs::read_to_string(trace).unwrap_or_default().lines() {
+        *counts.entry(name.to_owned()).or_default() += 1;
+    }
+    counts
+}
+
+/// Removes what a crossing has made, and all that is left then is what was there before.
+async fn clean_up(node: &Node, bystander: &str, scene: &Scene) {
+    for pod in node.client.list_pods(None).await.unwrap() {
+        if pod.id != bystander {
+            node.client.stop_pod(&pod.id).await.unwrap();
+            node.client.remove_pod(&pod.id).await.unwrap();
+        }
+    }
+    node.client.remove_image(&scene.other_image).await.unwrap();
+}
+
+async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
+    // Another image than the one that is pulled and removed.
+    let mut config = gantry_testkit::image::ImageBuilder::on(busybox_image());
+    config = config.layer(
+        gantry_testkit::image::Layer::new().file("bystander", b"x"),
+        gantry_testkit::image::Compression::Gzip,
+    );
+    let image = node.pull("bystander", &config.build()).await;
+    let bystander = node.pod("bystander").await;
+    let script = "while :; do echo tick; sleep 1; done";
+    let beside = node
+        .run(&bystander, &script_config("b", &image, script))
+        .await;
+    let since = node.status(&beside).await.started_at;
+    node.accept_now();
+
+    let trace = node.daemon.path("trace");
+    node.daemon.kill().unwrap();
+    let path = trace.display().to_string();
+    node.start_again(&[("FAILPOINT_TRACE", &path)]).await;
+    let scene = request.prepare(node, &image).await;
+    let before = passed(&trace);
+    request.ask(node, &scene).await.expect("without trouble");
+    let after = passed(&trace);
+    request.ask_again(node, &scene, "no trouble").await;
+    clean_up(node, &bystander.id, &scene).await;
+
+    let mut crossed = 0;
+    for (name, &count) in &after {
+        for turn in before.get(name).copied().unwrap_or_default()..count {
+            let at = format!("{name}, time {}", turn + 1);
+            let action = match trouble {
+                Trouble::Kill => "return(kill)",
+                Trouble::Fail => "1*return(trouble)->off",
+            };
+            let failpoints = match turn {
+                0 => format!("{name}={action}"),
+                turn => format!("{name}={turn}*off->{action}"),
+            };
+            node.daemon.kill().unwrap();
+            node.start_again(&[("FAILPOINTS", &failpoints)]).await;
+            let scene = request.prepare(node, &image).await;
+            let answer = request.ask(node, &scene).await;
+            match trouble {
+                Trouble::Kill => {
+                    let ended = node.daemon.wait_ended().await;
+                    ended.unwrap_or_else(|error| panic!("{at}: {error}: {answer:?}"));
+                    node.start_again(&[]).await;
+                }
+                Trouble::Fail => {
+                    if let Err(error) = &answer {
+                        assert_ne!(error.code(), Code::Unavailable, "{at}: {error}");
+                        assert!(node.daemon.running(), "{at}: {error}");
+                    }
+                }
+            }
+            for container in node.client.list(None).await.unwrap() {
+                assert_ne!(
+                    container.state(),
+                    v1::ContainerState::ContainerUnknown,
+                    "{at}"
+                );
+            }
+            request.ask_again(node, &scene, &at).await;
+            clean_up(node, &bystander.id, &scene).await;
+            node.assert_clean_but_daemon();
+            let status = node.status(&beside).await;
+            assert_eq!(
+                (status.state(), status.started_at),
+                (v1::ContainerState::ContainerRunning, since),
+                "{at}"
+            );
+            crossed += 1;
+        }
+    }
+    println!("CROSSED {request:?} {trouble:?}: {crossed}");
+    assert!(crossed > 0, "{request:?} passes no failpoint");
+}
+
+macro_rules! crossings {
+    ($($killed:ident, $failed:ident: $request:ident;)*) => {
+        $(
+            #[test]
+            fn $killed() {
+                run(stringify!($killed), Request::$request, Trouble::Kill);
+            }
+
+            #[test]
+            fn $failed() {
+                run(stringify!($failed), Request::$request, Trouble::Fail);
+            }
+        )*
+    };
+}
+
+fn run(name: &str, request: Request, trouble: Trouble) {
+    if !daemon::has_failpoints().unwrap() {
+        println!("SKIP {name}: gantryd is built without its feature failpoints");
+        return;
+    }
+    on_plain_node(name, async |node| cross(node, request, trouble).await);
+}
+
+crossings! {
+    killed_in_run_pod_sandbox, failed_in_run_pod_sandbox: RunPod;
+    killed_in_create_container, failed_in_create_container: Create;
+    killed_in_start_container, failed_in_start_container: Start;
+    killed_in_exec_sync, failed_in_exec_sync: ExecSync;
+    killed_in_update_container_resources, failed_in_update_container_resources: Update;
+    killed_in_reopen_container_log, failed_in_reopen_container_log: ReopenLog;
+    killed_in_stop_container, failed_in_stop_container: StopContainer;
+    killed_in_remove_container, failed_in_remove_container: RemoveContainer;
+    killed_in_stop_pod_sandbox, failed_in_stop_pod_sandbox: StopPod;
+    killed_in_remove_pod_sandbox, failed_in_remove_pod_sandbox: RemovePod;
+    killed_in_pull_image, failed_in_pull_image: PullImage;
+    killed_in_remove_image, failed_in_remove_image: RemoveImage;
+}
