@@ -203,11 +203,13 @@ impl Images {
     pub async fn remove(&self, name_or_id: &str, in_use: Arc<dyn LayersInUse>) -> Result<()> {
         let inner = self.inner.clone();
         let changing = inner.changing.lock().await;
-        let Some(image) = inner.catalog().find(name_or_id)? else {
-            return Ok(());
-        };
+        let found = inner.catalog().find(name_or_id)?;
         let work = inner.clone();
         let done = blocking("image removal", move || {
+            let Some(image) = found else {
+                // An earlier removal may have failed half way: it is done when this says so.
+                return work.catch_up();
+            };
             // The other way round than a pull: record last. The deletion needs no space that a
             // full disk does not have.
             let mut catalog = Catalog::clone(&work.catalog());
@@ -235,10 +237,7 @@ impl Images {
         let work = self.inner.clone();
         let done = blocking("image collection", move || {
             work.collect_all(in_use.as_ref())?;
-            if work.behind.load(Ordering::Relaxed) {
-                work.write_down(&work.catalog())?;
-            }
-            work.purge()
+            work.catch_up()
         });
         let done = done.await;
         drop(changing);
@@ -409,6 +408,14 @@ impl Inner {
             catalog.insert(image);
         }
         Ok(())
+    }
+
+    /// Writes down what an earlier change could not, and gives back the space of what was removed.
+    fn catch_up(&self) -> Result<()> {
+        if self.behind.load(Ordering::Relaxed) {
+            self.write_down(&self.catalog())?;
+        }
+        self.purge()
     }
 
     /// Makes index and records say what `catalog` says; durable on return.
