@@ -21,8 +21,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::{Error, failpoint};
 use crate::pod::Msg;
+use crate::{Error, failpoint};
 
 /// Version of the protocol that this daemon speaks.
 pub const PROTOCOL: u32 = 1;
