@@ -93,6 +93,16 @@ pub struct Network {
     pub netns_dir: PathBuf,
 }
 
+/// What makes root file systems of layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotterName {
+    #[default]
+    Overlayfs,
+    /// Copies: slow and large, on any file system.
+    Native,
+}
+
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Images {
@@ -100,6 +110,7 @@ pub struct Images {
     pub registry_config: PathBuf,
     /// Names (globs) of images that are never collected.
     pub pinned: Vec<String>,
+    pub snapshotter: SnapshotterName,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -222,6 +233,7 @@ impl Default for Images {
         Self {
             registry_config: "/etc/gantry/certs.d".into(),
             pinned: Vec::new(),
+            snapshotter: SnapshotterName::default(),
         }
     }
 }

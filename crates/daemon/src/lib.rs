@@ -3,6 +3,7 @@
 pub mod config;
 mod handlers;
 mod server;
+mod snapshotter;
 mod socket;
 mod streaming;
 

@@ -13,7 +13,6 @@ use gantry_images::Images;
 use gantry_network_cni::Cni;
 use gantry_ports::{Network, Scopes, Snapshotter};
 use gantry_scopes_systemd::{SystemBus, Systemd};
-use gantry_snapshotter_overlayfs::Overlayfs;
 use gantry_spec::resolved::{CgroupNode, CgroupVersion};
 use gantry_store::Store;
 use gantry_streaming::Certificate;
@@ -23,9 +22,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
-use crate::config::{self, Config, StreamingTls};
+use crate::config::{self, Config, SnapshotterName, StreamingTls};
 use crate::streaming::Node;
-use crate::{handlers, socket};
+use crate::{handlers, snapshotter, socket};
 
 /// What the kubelet receives at most; what we accept is a config with its annotations.
 const MESSAGE_LIMIT: usize = 16 << 20;
@@ -58,7 +57,11 @@ pub async fn run(config: Config) -> Result<()> {
         tokio::task::spawn_blocking(move || Store::open(&dir)).await??
     };
     let rebuild = opened.set_aside.is_some();
-    let snapshotter: Arc<dyn Snapshotter> = Arc::new(Overlayfs::open(&config.root)?);
+    let snapshotter = tokio::task::spawn_blocking({
+        let config = config.clone();
+        move || snapshotter::open(&config)
+    })
+    .await??;
     let images = open_images(&config, &opened.store, &snapshotter).await?;
     let network: Arc<dyn Network> = Arc::new(Cni::start(network_options(&config))?);
 
@@ -271,7 +274,12 @@ fn settings(config: &Config) -> Result<Settings> {
     let cgroups = cgroups(config)?;
     let cgroup_node = cgroup_node(&cgroups);
     let host = host()?;
-    if let Some(reason) = host.no_user_namespaces(&config.root) {
+    // Copies are given the owners that they need.
+    let idmapped = match config.images.snapshotter {
+        SnapshotterName::Overlayfs => Some(config.root.as_path()),
+        SnapshotterName::Native => None,
+    };
+    if let Some(reason) = host.no_user_namespaces(idmapped) {
         tracing::info!(reason, "pods cannot have user namespaces");
         for handler in handlers.values_mut() {
             handler.features.no_user_namespaces = Some(reason.clone());

@@ -288,7 +288,6 @@ fn commit(inner: &Inner, chains: &[Digest], staged: Vec<(Layer, Option<Staged>)>
     let snapshotter = &inner.snapshotter;
     let mut ready: Vec<(Stage, gantry_ports::snapshotter::Usage)> = Vec::new();
     let mut waiting: Vec<Staged> = Vec::new();
-    let mut counted = Vec::new();
     let never = Arc::new(AtomicBool::new(false));
     for (layer, staged) in staged {
         let mut staged = match staged {
@@ -298,9 +297,9 @@ fn commit(inner: &Inner, chains: &[Digest], staged: Vec<(Layer, Option<Staged>)>
                 let mut staged = stage(inner, &layer, &never)?;
                 let usage = staged.unpacked.usage;
                 if let Some(stage) = staged.stage.take() {
-                    snapshotter.commit(vec![(stage, usage)])?;
+                    let occupied = snapshotter.commit(vec![(stage, usage)])?;
+                    inner.usage().extend(occupied);
                 }
-                inner.usage().insert(layer.chain, usage);
                 continue;
             }
         };
@@ -319,7 +318,6 @@ fn commit(inner: &Inner, chains: &[Digest], staged: Vec<(Layer, Option<Staged>)>
         if let Some(stage) = &staged.stage {
             unpack::settle(&stage.dir, &staged.unpacked, &below)?;
         }
-        counted.push((layer.chain, staged.unpacked.usage));
         staged.unpacked.implicit.clear();
         waiting.push(staged);
     }
@@ -327,8 +325,8 @@ fn commit(inner: &Inner, chains: &[Digest], staged: Vec<(Layer, Option<Staged>)>
         let usage = staged.unpacked.usage;
         ready.extend(staged.stage.take().map(|stage| (stage, usage)));
     }
-    snapshotter.commit(ready)?;
-    inner.usage().extend(counted);
+    let occupied = snapshotter.commit(ready)?;
+    inner.usage().extend(occupied);
     Ok(())
 }
 

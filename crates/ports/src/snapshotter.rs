@@ -39,11 +39,36 @@ pub enum Whiteouts {
 /// Whose the files of a mount are, beside what the image says. The default is: nobody's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Owner<'a> {
-    /// Path of a user namespace: files belong to the ids that their owners in the image have in
-    /// there.
-    pub user_namespace: Option<&'a Path>,
+    /// Files belong to the ids that their owners in the image have in there.
+    pub user_namespace: Option<UserNamespace<'a>>,
     /// SELinux context of every file (`context=`, mount(8)).
     pub label: Option<&'a str>,
+}
+
+/// A user namespace, for those who mount through it and for those who count by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserNamespace<'a> {
+    pub path: &'a Path,
+    pub uids: Ids,
+    pub gids: Ids,
+}
+
+/// Ids 0 to `length` - 1 inside are `first` and on outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ids {
+    pub first: u32,
+    pub length: u32,
+}
+
+impl Ids {
+    /// What an id inside is outside. One that is not mapped is what it was: nobody inside has power
+    /// over it.
+    pub fn outside(self, inside: u32) -> u32 {
+        match inside < self.length {
+            true => self.first.saturating_add(inside),
+            false => inside,
+        }
+    }
 }
 
 pub trait Snapshotter: Send + Sync + 'static {
@@ -61,10 +86,11 @@ pub trait Snapshotter: Send + Sync + 'static {
 
     /// Makes the trees durable (one `syncfs` for all of them: it flushes the whole file system, so
     /// one per layer would multiply the wait of every other writer), then visible under their
-    /// chain ids by rename, in the order given: base first. The usage is what the unpacker counted
-    /// and is kept with the layer. A layer that was committed meanwhile by someone else is
-    /// success. On error the stages not yet committed are thrown away.
-    fn commit(&self, stages: Vec<(Stage, Usage)>) -> Result<(), Error>;
+    /// chain ids by rename, in the order given: base first. The usage is what the unpacker counted;
+    /// a layer that has its parent's tree in it ([`Whiteouts::Apply`]) is measured instead. What
+    /// each layer occupies is kept with it, and returned. A layer that was committed meanwhile by
+    /// someone else is success. On error the stages not yet committed are thrown away.
+    fn commit(&self, stages: Vec<(Stage, Usage)>) -> Result<Vec<(Digest, Usage)>, Error>;
 
     /// Throws a stage away.
     fn abort(&self, stage: Stage) -> Result<(), Error>;
@@ -83,8 +109,14 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Deletes what was renamed away. May take long.
     fn purge(&self) -> Result<(), Error>;
 
-    /// Makes the writable part of a container's root; idempotent. `layers` from base to top.
-    fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error>;
+    /// Makes the writable part of a container's root; idempotent. `layers` from base to top; `owner`
+    /// as for the mounts that follow.
+    fn prepare(
+        &self,
+        container: &ContainerId,
+        layers: &[Digest],
+        owner: Owner<'_>,
+    ) -> Result<(), Error>;
 
     /// Mounts a prepared snapshot at `target` (an existing directory); idempotent.
     /// FailedPrecondition where kernel or file system cannot make its files `owner`'s.

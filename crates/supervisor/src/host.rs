@@ -71,14 +71,16 @@ impl Host {
         }
     }
 
-    /// Why pods cannot have user namespaces with their layers in `layers`; `None` when they can.
-    pub fn no_user_namespaces(&self, layers: &Path) -> Option<String> {
+    /// Why pods cannot have user namespaces; `None` when they can. `layers`: where the layers are
+    /// that an overlay takes through id-mapped mounts; `None` without these.
+    pub fn no_user_namespaces(&self, layers: Option<&Path>) -> Option<String> {
         let path = self.root.join("proc/sys/user/max_user_namespaces");
         // 0 is how an administrator switches them off; a kernel without them has no such file.
         let most = fs::read_to_string(&path).unwrap_or_default();
         if most.trim().parse::<u64>().unwrap_or_default() == 0 {
             return Some(format!("{} allows none", path.display()));
         }
+        let layers = layers?;
         if self.kernel < IDMAPPED_LAYERS {
             return Some("overlayfs on idmapped layers needs Linux 5.19".to_owned());
         }
@@ -166,7 +168,10 @@ mod tests {
     fn user_namespaces_need_kernel_permission_and_file_system() {
         let dir = machine();
         let host = Host::look(dir.path()).unwrap();
-        let why = |host: &Host| host.no_user_namespaces(dir.path()).unwrap_or_default();
+        let why = |host: &Host| {
+            host.no_user_namespaces(Some(dir.path()))
+                .unwrap_or_default()
+        };
         assert!(why(&host).contains("allows none"));
         write(dir.path(), "proc/sys/user/max_user_namespaces", "0\n");
         assert!(why(&host).contains("allows none"));
@@ -177,7 +182,8 @@ mod tests {
             ..host.clone()
         };
         assert!(why(&old).contains("5.19"));
-        let none = host.no_user_namespaces(Path::new("/nonexistent"));
+        assert_eq!(old.no_user_namespaces(None), None, "copies need no mapping");
+        let none = host.no_user_namespaces(Some(Path::new("/nonexistent")));
         assert!(none.unwrap().contains("/nonexistent"));
     }
 

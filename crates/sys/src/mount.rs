@@ -25,13 +25,30 @@ pub fn detached(source: &Path) -> io::Result<OwnedFd> {
 /// EINVAL: the file system cannot do this, overlayfs and NFS among them.
 pub fn idmapped(source: &Path, user_namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let tree = detached(source)?;
+    set_attributes(&tree, libc::MOUNT_ATTR_IDMAP, Some(user_namespace))?;
+    Ok(tree)
+}
+
+/// As [`detached`], and nobody can write through it.
+pub fn detached_read_only(source: &Path) -> io::Result<OwnedFd> {
+    let tree = detached(source)?;
+    set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, None)?;
+    Ok(tree)
+}
+
+/// mount_setattr(2), Linux 5.12.
+fn set_attributes(
+    tree: &OwnedFd,
+    set: u64,
+    user_namespace: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_set: set,
         attr_clr: 0,
         propagation: 0,
-        userns_fd: user_namespace.as_raw_fd() as u64,
+        userns_fd: user_namespace.map_or(0, |namespace| namespace.as_raw_fd() as u64),
     };
-    // SAFETY: both descriptors are open for the call, the path is an empty C string, and the
+    // SAFETY: the descriptors are open for the call, the path is an empty C string, and the
     // kernel reads no more of `attributes` than the size that it is told.
     let result = unsafe {
         libc::syscall(
@@ -44,7 +61,7 @@ pub fn idmapped(source: &Path, user_namespace: BorrowedFd<'_>) -> io::Result<Own
         )
     };
     if result == 0 {
-        Ok(tree)
+        Ok(())
     } else {
         Err(io::Error::last_os_error())
     }

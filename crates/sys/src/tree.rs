@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs as rfs;
+use rustix::io::Errno;
 
 use crate::fs::{self, FileType, OFlags, ResolveFlags, Stat};
 
@@ -16,18 +17,48 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW);
 
+/// What a copy has that is not as in the original.
+pub trait Dress {
+    /// Whether the copy has this extended attribute.
+    fn keeps(&self, attribute: &OsStr) -> bool;
+
+    /// Uid and gid of the copy.
+    fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
+        (uid, gid)
+    }
+
+    /// The copy's value of an attribute that it keeps.
+    fn value(&self, _attribute: &OsStr, value: Vec<u8>) -> Vec<u8> {
+        value
+    }
+
+    /// An attribute that every file of the copy gets.
+    fn label(&self) -> Option<(&OsStr, &[u8])> {
+        None
+    }
+}
+
+/// Says which extended attributes are kept; the rest is as in the original.
+impl<F: Fn(&OsStr) -> bool> Dress for F {
+    fn keeps(&self, attribute: &OsStr) -> bool {
+        self(attribute)
+    }
+}
+
 /// Copies what is in directory `from` into the empty directory `to`, and gives `to` itself the
-/// owner, mode, attributes and times of `from`. Hard links within the tree stay hard links.
-/// Extended attributes that `keep` refuses and sockets, at whose copy nobody listens, are left out.
+/// owner, mode, attributes and times of `from`, as `rules` change them. Hard links within the tree
+/// stay hard links, holes stay holes, and data is shared where the file system can (FICLONE,
+/// ioctl_ficlone(2)). Extended attributes that are not kept and sockets, at whose copy nobody
+/// listens, are left out.
 ///
 /// Nobody may write to either tree meanwhile. However deep the tree is, two directories are open
 /// at a time; one deeper than a path can name (PATH_MAX) is an error. After an error `to` holds a
 /// part of the copy.
-pub fn copy(from: &OwnedFd, to: &OwnedFd, keep: impl Fn(&OsStr) -> bool) -> io::Result<()> {
+pub fn copy(from: &OwnedFd, to: &OwnedFd, rules: impl Dress) -> io::Result<()> {
     let mut copy = Copy {
         from,
         to,
-        keep,
+        rules,
         links: HashMap::new(),
     };
     // Of directories as they are met: parents before what is in them.
@@ -48,15 +79,15 @@ pub fn copy(from: &OwnedFd, to: &OwnedFd, keep: impl Fn(&OsStr) -> bool) -> io::
     Ok(())
 }
 
-struct Copy<'a, F> {
+struct Copy<'a, D> {
     from: &'a OwnedFd,
     to: &'a OwnedFd,
-    keep: F,
+    rules: D,
     /// By inode number in `from`, for files with several names: the copy.
     links: HashMap<u64, PathBuf>,
 }
 
-impl<F: Fn(&OsStr) -> bool> Copy<'_, F> {
+impl<D: Dress> Copy<'_, D> {
     /// The directory in both trees.
     fn open(&self, dir: &Path) -> io::Result<(OwnedFd, OwnedFd)> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
@@ -108,10 +139,10 @@ impl<F: Fn(&OsStr) -> bool> Copy<'_, F> {
                 fs::symlinkat(OsStr::from_bytes(target.to_bytes()), new, name)?;
             }
             FileType::RegularFile => {
-                let mut data = File::from(fs::open_nofollow(old, name, OFlags::RDONLY, 0)?);
+                let data = File::from(fs::open_nofollow(old, name, OFlags::RDONLY, 0)?);
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-                let mut copy = File::from(fs::open_nofollow(new, name, flags, 0o600)?);
-                io::copy(&mut data, &mut copy)?;
+                let copy = File::from(fs::open_nofollow(new, name, flags, 0o600)?);
+                content(&data, &copy)?;
             }
             kind => {
                 let (major, minor) = (rfs::major(stat.st_rdev), rfs::minor(stat.st_rdev));
@@ -127,7 +158,8 @@ impl<F: Fn(&OsStr) -> bool> Copy<'_, F> {
     /// Owner, mode and attributes, in this order: a change of owner takes set-id bits and file
     /// capabilities away.
     fn dress(&self, old: &OwnedFd, new: &OwnedFd, stat: &Stat) -> io::Result<()> {
-        fs::chown(new, stat.st_uid, stat.st_gid)?;
+        let (uid, gid) = self.rules.owner(stat.st_uid, stat.st_gid);
+        fs::chown(new, uid, gid)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
             fs::chmod(new, stat.st_mode)?;
         }
@@ -135,18 +167,60 @@ impl<F: Fn(&OsStr) -> bool> Copy<'_, F> {
             Err(error) if unsupported(&error) => Vec::new(),
             names => names?,
         };
-        for name in names.iter().filter(|name| (self.keep)(name)) {
+        for name in names.iter().filter(|name| self.rules.keeps(name)) {
             let Some(value) = fs::get_xattr(old, name)? else {
                 continue;
             };
-            match fs::set_xattr(new, name, &value) {
+            match fs::set_xattr(new, name, &self.rules.value(name, value)) {
                 // The other file system has none; nothing that runs there expects them.
                 Err(error) if unsupported(&error) => {}
                 set => set?,
             }
         }
-        Ok(())
+        match self.rules.label() {
+            // Unlike the rest it is asked for: a file without it would be one that was not labelled.
+            Some((name, value)) => fs::set_xattr(new, name, value),
+            None => Ok(()),
+        }
     }
+}
+
+/// Gives the empty file `to` the content of `from`: by sharing it, else piece by piece without the
+/// holes, which an image may have made larger than any disk.
+fn content(from: &File, to: &File) -> io::Result<()> {
+    match rfs::ioctl_ficlone(to, from) {
+        Ok(()) => return Ok(()),
+        // Unknown to the file system, to the kernel, for these two files; another file system.
+        Err(Errno::NOTSUP | Errno::NOTTY | Errno::INVAL | Errno::XDEV | Errno::NOSYS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let size = from.metadata()?.len();
+    to.set_len(size)?;
+    let mut at = 0;
+    while at < size {
+        let start = match rfs::seek(from, rfs::SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // A hole up to the end.
+            Err(Errno::NXIO) => break,
+            // Without the notion of holes all is data.
+            Err(Errno::INVAL) => rfs::seek(from, rfs::SeekFrom::Start(at))?,
+            Err(error) => return Err(error.into()),
+        };
+        let end = match rfs::seek(from, rfs::SeekFrom::Hole(start)) {
+            Ok(end) => end,
+            Err(Errno::INVAL) => size,
+            Err(error) => return Err(error.into()),
+        };
+        rfs::seek(from, rfs::SeekFrom::Start(start))?;
+        rfs::seek(to, rfs::SeekFrom::Start(start))?;
+        let (mut piece, mut to) = (from.take(end - start), to);
+        let copied = io::copy(&mut piece, &mut to)?;
+        if copied < end - start {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        at = end;
+    }
+    Ok(())
 }
 
 /// A second name for what was copied as `first`.
@@ -193,7 +267,7 @@ mod tests {
     fn copy_of(from: &Path, to: &Path) -> io::Result<()> {
         std_fs::create_dir(to)?;
         let open = |path: &Path| rfs::open(path, DIRECTORY, rfs::Mode::empty());
-        copy(&open(from)?, &open(to)?, |name| name != "user.no")
+        copy(&open(from)?, &open(to)?, |name: &OsStr| name != "user.no")
     }
 
     #[test]
@@ -255,6 +329,78 @@ mod tests {
             let names = fs::list_xattr(fs::open_root(&to.join("a")).unwrap()).unwrap();
             assert_eq!(names, ["user.yes"]);
         }
+    }
+
+    #[test]
+    fn holes_stay_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        std_fs::create_dir(&from).unwrap();
+        let file = File::create(from.join("sparse")).unwrap();
+        file.set_len(8 << 30).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, b"middle", 4 << 30).unwrap();
+        std_fs::write(from.join("empty"), "").unwrap();
+        if !is_root("holes_stay_holes") {
+            return;
+        }
+        copy_of(&from, &to).unwrap();
+        let copy = File::open(to.join("sparse")).unwrap();
+        let mut text = [0; 8];
+        std::os::unix::fs::FileExt::read_at(&copy, &mut text, (4 << 30) - 1).unwrap();
+        assert_eq!(&text, b"\0middle\0");
+        let meta = copy.metadata().unwrap();
+        assert_eq!(meta.len(), 8 << 30);
+        assert!(meta.blocks() * 512 < 1 << 20, "{} blocks", meta.blocks());
+        assert_eq!(std_fs::metadata(to.join("empty")).unwrap().len(), 0);
+    }
+
+    struct Shifted;
+
+    impl Dress for Shifted {
+        fn keeps(&self, attribute: &OsStr) -> bool {
+            attribute == "user.yes"
+        }
+
+        fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
+            (uid + 1000, gid + 2000)
+        }
+
+        fn value(&self, _: &OsStr, mut value: Vec<u8>) -> Vec<u8> {
+            value.push(b'!');
+            value
+        }
+
+        fn label(&self) -> Option<(&OsStr, &[u8])> {
+            Some((OsStr::new("trusted.label"), b"new"))
+        }
+    }
+
+    #[test]
+    fn owners_attributes_and_labels_are_as_the_rules_say() {
+        if !is_root("owners_attributes_and_labels_are_as_the_rules_say") {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        std_fs::create_dir(&from).unwrap();
+        std_fs::create_dir(&to).unwrap();
+        std_fs::write(from.join("file"), "").unwrap();
+        std_fs::set_permissions(from.join("file"), PermissionsExt::from_mode(0o4755)).unwrap();
+        symlink("file", from.join("link")).unwrap();
+        let open = |path: &Path| fs::open_root(path).unwrap();
+        let file = |root: &Path| {
+            fs::open_nofollow(open(root), OsStr::new("file"), OFlags::PATH, 0).unwrap()
+        };
+        fs::set_xattr(file(&from), OsStr::new("user.yes"), b"1").unwrap();
+        copy(&open(&from), &open(&to), Shifted).unwrap();
+        let meta = |path: &str| std_fs::symlink_metadata(to.join(path)).unwrap();
+        for path in [".", "file", "link"] {
+            assert_eq!((meta(path).uid(), meta(path).gid()), (1000, 2000), "{path}");
+        }
+        assert_eq!(meta("file").mode() & 0o7777, 0o4755);
+        let value = |name: &str| fs::get_xattr(file(&to), OsStr::new(name)).unwrap();
+        assert_eq!(value("user.yes").as_deref(), Some(&b"1!"[..]));
+        assert_eq!(value("trusted.label").as_deref(), Some(&b"new"[..]));
     }
 
     #[test]

@@ -150,7 +150,7 @@ mod tests {
         // Copied up with the owner that is seen.
         fs::write(at("target/of-web"), "written").unwrap();
         let copied = owner("upper/of-web");
-        crate::mount::unmount(&at("target")).unwrap();
+        gantry_snapshotter_directories::mounts::unmount(&at("target")).unwrap();
         let after = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert_eq!(seen, [(BASE, BASE), (BASE, BASE), (BASE + 33, BASE + 33)]);
         assert_eq!(copied, (BASE + 33, BASE + 33));

@@ -1,32 +1,20 @@
 //! Layers and root file systems on overlayfs.
 //!
-//! ```text
-//! <root>/overlayfs/layers/<hex of chain id>/{fs,usage}   committed layers
-//!                  stages/<serial>/{fs,usage}            layers being unpacked
-//!                  snapshots/<container id>/{fs,work}    writable parts
-//!                                           volumes/      what is mounted into that container
-//!                  empty/{0,1}                           below layers that are mounted alone
-//!                  trash/                                renamed away, being deleted
-//! ```
-//!
-//! Every directory above a layer's `fs` is 0700: files of images keep their owners and set-id bits,
-//! so no other user of the host may reach them (CVE-2021-41103).
-//! A directory appears under `layers` or `snapshots` by rename of a finished one, so that what is
-//! seen there is whole.
+//! Below `<root>/overlayfs` it is laid out as [`gantry_snapshotter_directories`] says. A snapshot's
+//! `fs` is the upper directory, with overlayfs's `work` beside it; `empty/{0,1}` lie below layers
+//! that are mounted alone.
 
 mod idmap;
-mod layers;
-mod layout;
 mod mount;
+mod probe;
 mod snapshots;
 
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
 use gantry_ports::snapshotter::{Owner, Snapshotter, Stage, Usage, Whiteouts};
+use gantry_snapshotter_directories::{Layout, layers, mounts, snapshots as directories};
 use gantry_types::{ContainerId, Digest};
-
-use layout::Layout;
 
 /// The overlayfs implementation of [`Snapshotter`].
 pub struct Overlayfs {
@@ -36,9 +24,16 @@ pub struct Overlayfs {
 impl Overlayfs {
     /// Opens or makes `<root>/overlayfs`.
     pub fn open(root: &Path) -> Result<Self, Error> {
-        Ok(Self {
-            layout: Layout::open(&root.join("overlayfs"))?,
-        })
+        let layout = Layout::open(&root.join("overlayfs"))?;
+        snapshots::empty(&layout, 0)?;
+        snapshots::empty(&layout, 1)?;
+        Ok(Self { layout })
+    }
+
+    /// Tries what every container needs of kernel and file system: FailedPrecondition with the
+    /// kernel's reason where they do not have it. Mounts, in a mount namespace of its own.
+    pub fn probe(&self) -> Result<(), Error> {
+        probe::probe(&self.layout)
     }
 }
 
@@ -63,7 +58,7 @@ impl Snapshotter for Overlayfs {
         layers::stage(&self.layout, chain, parent)
     }
 
-    fn commit(&self, stages: Vec<(Stage, Usage)>) -> Result<(), Error> {
+    fn commit(&self, stages: Vec<(Stage, Usage)>) -> Result<Vec<(Digest, Usage)>, Error> {
         layers::commit(&self.layout, stages)
     }
 
@@ -88,7 +83,13 @@ impl Snapshotter for Overlayfs {
         self.layout.purge()
     }
 
-    fn prepare(&self, container: &ContainerId, layers: &[Digest]) -> Result<(), Error> {
+    fn prepare(
+        &self,
+        container: &ContainerId,
+        layers: &[Digest],
+        // Ids and labels are those of the mount.
+        _: Owner<'_>,
+    ) -> Result<(), Error> {
         snapshots::prepare(&self.layout, container, layers)
     }
 
@@ -107,23 +108,23 @@ impl Snapshotter for Overlayfs {
     }
 
     fn volumes(&self, container: &ContainerId) -> Result<PathBuf, Error> {
-        snapshots::volumes(&self.layout, container)
+        directories::volumes(&self.layout, container)
     }
 
     fn unmount(&self, target: &Path) -> Result<(), Error> {
-        mount::unmount(target)
+        mounts::unmount(target)
     }
 
     fn usage(&self, container: &ContainerId) -> Result<Usage, Error> {
-        snapshots::usage(&self.layout, container)
+        directories::usage(&self.layout, container)
     }
 
     fn snapshots(&self) -> Result<Vec<ContainerId>, Error> {
-        snapshots::list(&self.layout)
+        directories::list(&self.layout)
     }
 
     fn remove(&self, container: &ContainerId) -> Result<(), Error> {
-        snapshots::remove(&self.layout, container)
+        directories::remove(&self.layout, container)
     }
 
     fn clean(&self) -> Result<(), Error> {

@@ -5,11 +5,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
-};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags};
 
 /// The directories of one overlay mount.
 pub struct Overlay {
@@ -43,40 +41,6 @@ pub fn overlay(dirs: &Overlay, target: &Path) -> Result<(), Error> {
         other => other,
     }
     .map_err(|failure| failure.at(target))
-}
-
-/// Whether something is mounted at `path`; a path that does not exist is an error.
-pub fn is_mount_point(path: &Path) -> Result<bool, Error> {
-    let stat = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE)
-        .map_err(|e| Error::io(format_args!("stat {}", path.display()), e.into()))?;
-    Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
-}
-
-pub fn unmount(target: &Path) -> Result<(), Error> {
-    // More than once if a killed process mounted and another mounted again on top.
-    for _ in 0..16 {
-        let mut result = rustix::mount::unmount(target, UnmountFlags::NOFOLLOW);
-        if result == Err(Errno::BUSY) {
-            // Held through another mount namespace or an open file: out of the way now, gone
-            // with the last user.
-            result = rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
-        }
-        match result {
-            Ok(()) => {}
-            // umount(2): EINVAL is "not a mount point".
-            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
-            Err(e) => {
-                return Err(Error::io(
-                    format_args!("unmount {}", target.display()),
-                    e.into(),
-                ));
-            }
-        }
-    }
-    Err(Error::internal(format!(
-        "{} is mounted again and again",
-        target.display()
-    )))
 }
 
 /// A failed step of a mount, with what the kernel had to say about it.
@@ -244,6 +208,8 @@ fn knows_index() -> bool {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use gantry_snapshotter_directories::mounts::{is_mount_point, unmount};
 
     use super::*;
 

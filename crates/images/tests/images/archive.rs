@@ -320,7 +320,9 @@ async fn busybox_is_a_whole_system() {
         node.dir.path().join("root"),
     );
     std::fs::create_dir(&target).unwrap();
-    node.snapshotter.prepare(&id, &found.layers).unwrap();
+    node.snapshotter
+        .prepare(&id, &found.layers, Default::default())
+        .unwrap();
     node.snapshotter
         .mount(&id, &found.layers, &target, Default::default())
         .unwrap();

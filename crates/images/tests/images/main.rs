@@ -3,5 +3,6 @@
 mod archive;
 mod failure;
 mod hosts;
+mod native;
 mod node;
 mod pull;

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use gantry_images::Image;
-use gantry_ports::snapshotter::Owner;
+use gantry_ports::snapshotter::{Ids, Owner, UserNamespace};
 use gantry_spec::resolved::Volume;
 use gantry_sys::fs::{self, FileType, OFlags};
 
@@ -30,6 +30,9 @@ pub(super) struct User {
     /// Owner on the host of what belongs to root inside.
     pub uid: u32,
     pub gid: u32,
+    /// How many ids there are inside.
+    pub uids: u32,
+    pub gids: u32,
 }
 
 /// Whose the files of the container's mounts are.
@@ -50,7 +53,17 @@ impl Owners {
 
     pub fn of_mount(&self) -> Owner<'_> {
         Owner {
-            user_namespace: self.user.as_ref().map(|user| user.namespace.as_path()),
+            user_namespace: self.user.as_ref().map(|user| UserNamespace {
+                path: &user.namespace,
+                uids: Ids {
+                    first: user.uid,
+                    length: user.uids,
+                },
+                gids: Ids {
+                    first: user.gid,
+                    length: user.gids,
+                },
+            }),
             label: self.label.as_deref(),
         }
     }
@@ -62,6 +75,8 @@ fn user(ctx: &Context, pod: &PodFacts) -> Option<User> {
         namespace: ctx.records.dirs.pins(&pod.id).join("user"),
         uid: mapping.host_uid,
         gid: mapping.host_gid,
+        uids: mapping.uids,
+        gids: mapping.gids,
     })
 }
 
@@ -76,7 +91,7 @@ pub(super) fn make(
     make_dir(&rootfs).map_err(|error| Error::io("make root", &rootfs, &error))?;
     let step = Error::step("prepare root");
     ctx.snapshotter
-        .prepare(&facts.id, &image.layers)
+        .prepare(&facts.id, &image.layers, owners.of_mount())
         .map_err(&step)?;
     failpoint::at("root::prepared")?;
     ctx.snapshotter

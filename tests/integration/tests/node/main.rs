@@ -13,6 +13,7 @@ mod init;
 mod lists;
 mod lost;
 mod mounts;
+mod native;
 mod pods;
 mod refused;
 mod repeated;

@@ -3,14 +3,15 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
 use gantry_ports::snapshotter::{Stage, Usage};
-use gantry_types::Digest;
+use gantry_types::{Digest, ErrorKind};
 
 use crate::layout::{self, Layout};
 
+/// An empty stage, its root 0755.
 pub fn stage(layout: &Layout, chain: &Digest, parent: Option<&Digest>) -> Result<Stage, Error> {
     let dir = layout.new_stage()?.join("fs");
     // The merged root takes the mode of the top layer's root: not the umask's.
@@ -34,16 +35,26 @@ fn home(stage: &Stage) -> Result<&Path, Error> {
     })
 }
 
-pub fn commit(layout: &Layout, stages: Vec<(Stage, Usage)>) -> Result<(), Error> {
-    let result = try_commit(layout, &stages);
-    if result.is_err() {
-        for (stage, _) in &stages {
-            if let Err(error) = abort(layout, stage) {
-                tracing::warn!(%error, chain = %stage.chain, "a stage that failed to commit stays until the next start");
-            }
+/// Makes the stages durable and then visible, with one `syncfs` for all; returns what each layer
+/// occupies. On error the stages that are not committed yet are thrown away.
+pub fn commit(layout: &Layout, stages: Vec<(Stage, Usage)>) -> Result<Vec<(Digest, Usage)>, Error> {
+    if let Err(error) = try_commit(layout, &stages) {
+        abort_all(layout, stages.iter().map(|(stage, _)| stage));
+        return Err(error);
+    }
+    Ok(stages
+        .into_iter()
+        .map(|(stage, usage)| (stage.chain, usage))
+        .collect())
+}
+
+/// Throws stages away after a failure, which is the one to tell.
+pub fn abort_all<'a>(layout: &Layout, stages: impl Iterator<Item = &'a Stage>) {
+    for stage in stages {
+        if let Err(error) = abort(layout, stage) {
+            tracing::warn!(%error, chain = %stage.chain, "a stage that failed to commit stays until the next start");
         }
     }
-    result
 }
 
 fn try_commit(layout: &Layout, stages: &[(Stage, Usage)]) -> Result<(), Error> {
@@ -85,10 +96,12 @@ fn try_commit(layout: &Layout, stages: &[(Stage, Usage)]) -> Result<(), Error> {
         .map_err(|e| Error::io(format_args!("sync {}", layers.display()), e))
 }
 
+/// Throws a stage away.
 pub fn abort(layout: &Layout, stage: &Stage) -> Result<(), Error> {
     layout.delete(home(stage)?)
 }
 
+/// Committed layers with what each occupies.
 pub fn list(layout: &Layout) -> Result<Vec<(Digest, Usage)>, Error> {
     let mut layers = Vec::new();
     for path in layout::entries(&layout.layers())? {
@@ -125,6 +138,18 @@ fn read_usage(layer: &Path) -> Result<Usage, Error> {
             "{}: not two numbers",
             path.display()
         ))),
+    }
+}
+
+/// Tree of a committed layer.
+pub fn tree(layout: &Layout, chain: &Digest) -> Result<PathBuf, Error> {
+    let dir = layout.layer(chain).join("fs");
+    match dir.exists() {
+        true => Ok(dir),
+        false => Err(Error::new(
+            ErrorKind::NotFound,
+            format!("layer {chain} is not on disk"),
+        )),
     }
 }
 

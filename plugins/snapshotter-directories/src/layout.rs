@@ -13,6 +13,7 @@ use gantry_types::{ContainerId, Digest};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+/// Where everything is below one root.
 pub struct Layout {
     root: PathBuf,
     /// Names of stages and trash: unique within the process, and [`Layout::clean`] empties both
@@ -21,6 +22,7 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Opens the directories below `root`, or makes them.
     pub fn open(root: &Path) -> Result<Self, Error> {
         let layout = Self {
             root: root.to_owned(),
@@ -32,16 +34,17 @@ impl Layout {
             layout.stages(),
             layout.snapshots(),
             layout.trash(),
-            layout.empty(0),
-            layout.empty(1),
         ] {
-            DirBuilder::new()
-                .mode(0o700)
-                .recursive(true)
-                .create(&dir)
-                .map_err(|e| Error::io(format_args!("create {}", dir.display()), e))?;
+            make(&dir)?;
         }
         Ok(layout)
+    }
+
+    /// A directory of the implementation's own, made if absent.
+    pub fn directory(&self, name: impl AsRef<Path>) -> Result<PathBuf, Error> {
+        let dir = self.root.join(name);
+        make(&dir)?;
+        Ok(dir)
     }
 
     pub fn root(&self) -> &Path {
@@ -71,11 +74,6 @@ impl Layout {
 
     pub fn trash(&self) -> PathBuf {
         self.root.join("trash")
-    }
-
-    /// A directory that stays empty: overlayfs without a writable part wants two others.
-    pub fn empty(&self, n: usize) -> PathBuf {
-        self.root.join("empty").join(n.to_string())
     }
 
     /// A new directory, mode 0700, below `stages`.
@@ -129,6 +127,14 @@ impl Layout {
     fn next(&self) -> u64 {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
+}
+
+fn make(dir: &Path) -> Result<(), Error> {
+    DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(dir)
+        .map_err(|e| Error::io(format_args!("create {}", dir.display()), e))
 }
 
 /// The entries of a directory of ours.

@@ -1,0 +1,135 @@
+//! What belongs to one container: made, measured, listed, removed.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use gantry_ports::Error;
+use gantry_ports::snapshotter::Usage;
+use gantry_types::{ContainerId, ErrorKind};
+
+use crate::layout::{self, Layout};
+
+/// Makes a container's snapshot; one that exists is success. `fill` gets the directory that the
+/// snapshot will be.
+pub fn prepare(
+    layout: &Layout,
+    container: &ContainerId,
+    fill: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let to = layout.snapshot(container);
+    if to.exists() {
+        return Ok(());
+    }
+    let stage = layout.new_stage()?;
+    match fill(&stage).and_then(|()| {
+        fs::rename(&stage, &to).map_err(|e| Error::io(format_args!("create {}", to.display()), e))
+    }) {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            // Made meanwhile by a call that was repeated: the same thing under the same name.
+            let made = to.exists();
+            layout.delete(&stage)?;
+            if made { Ok(()) } else { Err(error) }
+        }
+    }
+}
+
+/// What is the container's own of its root.
+pub fn own(layout: &Layout, container: &ContainerId) -> Result<PathBuf, Error> {
+    let snapshot = layout.snapshot(container);
+    let own = snapshot.join("fs");
+    match own.exists() {
+        true => Ok(own),
+        false => Err(Error::new(
+            ErrorKind::NotFound,
+            format!("snapshot {} does not exist", snapshot.display()),
+        )),
+    }
+}
+
+/// The directory for a container's volumes, made if absent.
+pub fn volumes(layout: &Layout, container: &ContainerId) -> Result<PathBuf, Error> {
+    let dir = layout.snapshot(container).join("volumes");
+    match fs::create_dir(&dir) {
+        Ok(()) => Ok(dir),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(dir),
+        Err(e) => Err(Error::io(format_args!("create {}", dir.display()), e)),
+    }
+}
+
+/// What a container's snapshot occupies, volumes included.
+pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Usage, Error> {
+    let snapshot = layout.snapshot(container);
+    let mut roots = vec![snapshot.join("fs")];
+    // Most containers have no volumes.
+    roots.extend(Some(snapshot.join("volumes")).filter(|dir| dir.exists()));
+    measure(roots)
+}
+
+/// What trees occupy on disk, their roots included.
+pub fn measure(roots: Vec<PathBuf>) -> Result<Usage, Error> {
+    let mut usage = Usage::default();
+    // A file with several names counts once.
+    let mut linked = HashSet::new();
+    for root in &roots {
+        let metadata = fs::symlink_metadata(root)
+            .map_err(|e| Error::io(format_args!("stat {}", root.display()), e))?;
+        usage.bytes += metadata.blocks() * 512;
+        usage.inodes += 1;
+    }
+    let mut pending = roots;
+    while let Some(dir) = pending.pop() {
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if gone(&e) => continue,
+            Err(e) => return Err(Error::io(format_args!("read {}", dir.display()), e)),
+        };
+        for entry in entries {
+            // The container writes while we walk: what vanishes in between does not count.
+            let (entry, meta) = match entry.and_then(|e| e.metadata().map(|m| (e, m))) {
+                Ok(pair) => pair,
+                Err(e) if gone(&e) => continue,
+                Err(e) => return Err(Error::io(format_args!("read {}", dir.display()), e)),
+            };
+            if meta.nlink() > 1 && !meta.is_dir() && !linked.insert(meta.ino()) {
+                continue;
+            }
+            usage.bytes += meta.blocks() * 512;
+            usage.inodes += 1;
+            if meta.is_dir() {
+                pending.push(entry.path());
+            }
+        }
+    }
+    Ok(usage)
+}
+
+fn gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
+}
+
+/// Containers that have a snapshot.
+pub fn list(layout: &Layout) -> Result<Vec<ContainerId>, Error> {
+    let mut ids = Vec::new();
+    for path in layout::entries(&layout.snapshots())? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match name.parse() {
+            Ok(id) => ids.push(id),
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "not a snapshot of ours: left alone");
+            }
+        }
+    }
+    Ok(ids)
+}
+
+/// Removes a snapshot; absent is success.
+pub fn remove(layout: &Layout, container: &ContainerId) -> Result<(), Error> {
+    layout.delete(&layout.snapshot(container))
+}
