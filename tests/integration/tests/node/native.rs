@@ -146,6 +146,7 @@ fn the_snapshotter_changes_when_no_container_is_left() {
             node.daemon.terminate().unwrap();
             std::fs::write(&drop_in, NATIVE).unwrap();
             node.start_again(&[]).await;
+            node.accept_now();
             let layers = node.daemon.places().root.join("overlayfs/layers");
             assert!(names(&layers).is_empty());
             let image = node.busybox().await;

@@ -35,8 +35,13 @@ fn own(base: u32) -> Option<UserNamespace> {
 
 /// As `on_node`, where the runtime can.
 fn on_capable_node(name: &'static str, test: impl AsyncFnOnce(&mut Node)) {
+    on_capable_node_with(name, "", test);
+}
+
+/// As [`on_capable_node`], with more of a configuration.
+fn on_capable_node_with(name: &'static str, more: &str, test: impl AsyncFnOnce(&mut Node)) {
     let runc = std::env::var("GANTRY_TEST_RUNC").unwrap_or_else(|_| "runc".to_owned());
-    let config = format!("[runtime.handlers.{HANDLER}]\nbinary = {runc:?}\n");
+    let config = format!("[runtime.handlers.{HANDLER}]\nbinary = {runc:?}\n{more}");
     on_node(name, Options::default().config(&config), async |node| {
         let status = node.client.node_status(true).await.unwrap();
         let handler = status
@@ -261,4 +266,35 @@ fn user_namespaces_that_cannot_be_are_named() {
         let answer = node.client.create(&pod.id, &other, &pod.config).await;
         refused(answer, invalid, "not that of the pod sandbox");
     });
+}
+
+/// Where layers cannot be mapped by mounts, the copies have the owners that are asked for.
+#[test]
+fn a_user_namespace_on_copies() {
+    on_capable_node_with(
+        "a_user_namespace_on_copies",
+        "[images]\nsnapshotter = \"native\"\n",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = run(node, config(node, "copies")).await;
+            let mut container = sleeper("c", &image);
+            let linux = pod.config.linux.as_ref().unwrap();
+            let asked = linux.security_context.as_ref().unwrap();
+            security(&mut container).namespace_options = asked.namespace_options.clone();
+            let id = node.run(&pod, &container).await;
+            for path in ["/", "/etc/passwd", "/bin/busybox"] {
+                let owner = node.sh(&id, &format!("stat -c %u:%g {path}")).await;
+                assert_eq!(owner, "0:0", "{path}");
+            }
+            node.sh(&id, "echo x > /in-root; chown 33:33 /in-root")
+                .await;
+            let snapshots = node.daemon.places().root.join("native/snapshots");
+            let written = std::fs::metadata(snapshots.join(&id).join("fs/in-root")).unwrap();
+            assert_eq!((written.uid(), written.gid()), (BASE + 33, BASE + 33));
+            // A pod without one has the image's own, from the same layers.
+            let plain = node.host_pod("plain").await;
+            let id = node.run(&plain, &sleeper("c", &image)).await;
+            assert_eq!(node.sh(&id, "stat -c %u:%g /etc/passwd").await, "0:0");
+        },
+    );
 }
