@@ -97,6 +97,7 @@ impl Streams {
 /// Executes the runtime in a process group of its own, so that a deadline can take its helpers
 /// along. For [`crate::shim::Shim::spawn`], which sees to it that it is reaped.
 pub fn spawn(call: &Invocation, streams: Streams) -> Result<ProcessRef, Error> {
+    gantry_sys::failpoint::at("runtime::before").map_err(Error::call("execute the OCI runtime"))?;
     let mut command = call.command();
     command
         .stdin(streams.stdin)

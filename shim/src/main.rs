@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use gantry_runtime::Runtime;
 use gantry_shim_api::{read_frame, v1, write_frame};
-use gantry_sys::{process, signal};
+use gantry_sys::{failpoint, process, signal};
 
 mod attach;
 mod call;
@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     if let Some(command) = init::command() {
         return init::run(&command);
     }
+    let _failpoints = failpoint::arm();
     // The order is law. First everything inherited goes: a descriptor of the daemon's that lived
     // on in a shim would keep sockets and mounts busy for a pod's life. The environment is left
     // behind by giving each child a new one (`Invocation::command`).
@@ -109,7 +110,9 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
     runtime.root = (!wanted.root.is_empty()).then(|| wanted.root.into());
     runtime.systemd_cgroup = wanted.systemd_cgroup;
     let socket = Path::new(&bootstrap.run_dir).join("shim.sock");
-    let listener = gantry_sys::socket::listen(&socket).map_err(Error::io("listen on", &socket));
+    let listener = failpoint::at("shim::held")
+        .and_then(|()| gantry_sys::socket::listen(&socket))
+        .map_err(Error::io("listen on", &socket));
     let listener = match listener {
         Ok(listener) => listener,
         Err(e) => {

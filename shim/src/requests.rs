@@ -10,6 +10,7 @@ use gantry_runtime::{Exec as ExecArgs, Invocation, Run};
 use gantry_shim_api::v1;
 use gantry_shim_api::v1::message::Body;
 use gantry_shim_api::v1::request::Body as Ask;
+use gantry_sys::failpoint;
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::Ended;
 use gantry_types::ProcessRef;
@@ -251,7 +252,7 @@ impl Shim {
                 seconds: self.timeout.as_secs(),
             })
         } else if ended.code == 0 {
-            Ok(())
+            failpoint::at("runtime::ended").map_err(Error::call("run the OCI runtime"))
         } else {
             let message = gantry_runtime::log::last_error_in(&call.log).unwrap_or_else(|| {
                 match ended.signal {

@@ -11,6 +11,7 @@ use gantry_runtime::{Invocation, Runtime};
 use gantry_shim_api::v1;
 use gantry_shim_api::v1::message::Body;
 use gantry_sys::epoll::{Epoll, EventFlags, Ready};
+use gantry_sys::failpoint;
 use gantry_sys::memory::ProgramText;
 use gantry_sys::process::{self, Ended};
 use gantry_sys::signal::ChildSignal;
@@ -389,6 +390,7 @@ impl Shim {
     }
 
     pub fn answer_with(&mut self, asker: Asker, body: Body, fds: Vec<OwnedFd>) {
+        failpoint::pass("shim::answers");
         let message = v1::Message {
             id: asker.request,
             body: Some(body),
@@ -402,6 +404,7 @@ impl Shim {
 
     pub fn event(&mut self, event: v1::event::Body) {
         let Some(daemon) = self.daemon else { return };
+        failpoint::pass("shim::tells");
         let body = Body::Event(v1::Event { body: Some(event) });
         self.send(
             daemon,
@@ -626,7 +629,10 @@ impl Shim {
         let path = container.bundle().join("exit");
         let bytes = prost::Message::encode_to_vec(&record);
         // No fsync: the bundle lies on a tmpfs that a power cut takes along with the container.
-        if let Err(e) = gantry_sys::fs::write_atomic(&path, &bytes, 0o600, false) {
+        let written = failpoint::at("exit::drained")
+            .and_then(|()| gantry_sys::fs::write_atomic(&path, &bytes, 0o600, false));
+        failpoint::pass("exit::written");
+        if let Err(e) = written {
             crate::report!("write {}: {e}", path.display());
         }
         let container_id = container.id().to_owned();

@@ -36,8 +36,7 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     // Kept until the end: dropping it disarms all failpoints.
-    #[cfg(feature = "failpoints")]
-    let _failpoints = fail::FailScenario::setup();
+    let _failpoints = gantry_sys::failpoint::arm();
     let overrides = Overrides {
         root: args.root,
         state: args.state,

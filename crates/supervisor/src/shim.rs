@@ -87,10 +87,14 @@ pub async fn spawn(
         .append(true)
         .open(&log_path)
         .map_err(|error| Error::io(STEP, &log_path, &error))?;
+    let failpoints = failpoint::OF_SHIMS.iter();
+    let failpoints =
+        failpoints.filter_map(|(ours, theirs)| Some((theirs, std::env::var_os(ours)?)));
     let mut child = tokio::process::Command::new(binary)
         .arg(pod.as_str())
         .env_clear()
         .env("PATH", SHIM_PATH)
+        .envs(failpoints)
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

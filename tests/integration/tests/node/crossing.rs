@@ -1,5 +1,5 @@
-//! Every request crossed with every failpoint that it passes: the daemon is killed there, or the
-//! step fails there.
+//! Every request crossed with every failpoint that it passes, in the daemon and in the pod's shim:
+//! the process is killed there, or the step fails there.
 //!
 //! Which failpoints there are is nowhere written down. Each request is made once by a daemon that
 //! notes those it passes, and then again for each of them. So a new failpoint is crossed without
@@ -9,11 +9,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use gantry_integration::{
-    Node, Pod, busybox_image, eventually, on_plain_node, script_config, sleeper,
-};
+use gantry_integration::{Node, Pod, busybox_image, eventually, on_node, script_config, sleeper};
 use gantry_testkit::cri::{self, v1};
-use gantry_testkit::daemon;
+use gantry_testkit::daemon::{self, Options};
 use tonic::Code;
 
 /// A request and what there has to be before it.
@@ -41,6 +39,27 @@ enum Trouble {
     Kill,
     /// The step fails, once.
     Fail,
+    /// kill -9 of the shim.
+    KillShim,
+    /// A step of the shim fails, once.
+    FailInShim,
+}
+
+impl Trouble {
+    /// What the daemon is told by which variables: where to note failpoints, and what to do there.
+    fn variables(self) -> (&'static str, &'static str) {
+        match self {
+            Trouble::Kill | Trouble::Fail => ("FAILPOINT_TRACE", "FAILPOINTS"),
+            Trouble::KillShim | Trouble::FailInShim => ("SHIM_FAILPOINT_TRACE", "SHIM_FAILPOINTS"),
+        }
+    }
+
+    fn action(self) -> &'static str {
+        match self {
+            Trouble::Kill | Trouble::KillShim => "return(kill)",
+            Trouble::Fail | Trouble::FailInShim => "1*return(trouble)->off",
+        }
+    }
 }
 
 /// What a request is about.
@@ -276,7 +295,8 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
     let trace = node.daemon.path("trace");
     node.daemon.kill().unwrap();
     let path = trace.display().to_string();
-    node.start_again(&[("FAILPOINT_TRACE", &path)]).await;
+    let (trace_to, armed_by) = trouble.variables();
+    node.start_again(&[(trace_to, &path)]).await;
     let scene = request.prepare(node, &image).await;
     let before = passed(&trace);
     request.ask(node, &scene).await.expect("without trouble");
@@ -288,16 +308,13 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
     for (name, &count) in &after {
         for turn in before.get(name).copied().unwrap_or_default()..count {
             let at = format!("{name}, time {}", turn + 1);
-            let action = match trouble {
-                Trouble::Kill => "return(kill)",
-                Trouble::Fail => "1*return(trouble)->off",
-            };
+            let action = trouble.action();
             let failpoints = match turn {
                 0 => format!("{name}={action}"),
                 turn => format!("{name}={turn}*off->{action}"),
             };
             node.daemon.kill().unwrap();
-            node.start_again(&[("FAILPOINTS", &failpoints)]).await;
+            node.start_again(&[(armed_by, &failpoints)]).await;
             let mut scene = request.prepare(node, &image).await;
             let answer = request.ask(node, &scene).await;
             match trouble {
@@ -311,7 +328,16 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
                         node.start_again(&[]).await;
                     }
                 }
-                Trouble::Fail => {
+                Trouble::KillShim => {
+                    missed += usize::from(!pod_is_lost(node, &answer).await);
+                    // The pod is no more; what comes after it must be.
+                    clean_up(node, &bystander.id, &scene).await;
+                    node.assert_clean_but_daemon();
+                    node.daemon.kill().unwrap();
+                    node.start_again(&[]).await;
+                    scene = request.prepare(node, &image).await;
+                }
+                Trouble::Fail | Trouble::FailInShim => {
                     if let Err(error) = &answer {
                         assert_ne!(error.code(), Code::Unavailable, "{at}: {error}");
                         assert!(node.daemon.running(), "{at}: {error}");
@@ -324,6 +350,10 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
                     v1::ContainerState::ContainerUnknown,
                     "{at}"
                 );
+            }
+            if (request, trouble) == (RunPod, Trouble::FailInShim) {
+                // Each new shim would fail once.
+                node.kill_and_start_again().await;
             }
             request.repeat(node, &mut scene, &at).await;
             request.is_done(node, &scene, &at).await;
@@ -345,6 +375,29 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
     println!("CROSSED {request:?} {trouble:?}: {crossed}, of them not met: {missed}");
     assert!(crossed > 0, "{request:?} passes no failpoint");
     assert!(missed * 4 <= crossed, "{missed} of {crossed} not met");
+}
+
+/// Waits until the pod whose shim has died is known to have ended, and all that was in it. Whether
+/// it did: the request may not have got so far.
+async fn pod_is_lost(node: &Node, answer: &cri::Result<()>) -> bool {
+    for _ in 0..300 {
+        let pods = node.client.list_pods(None).await.unwrap();
+        let crossed = pods
+            .iter()
+            .find(|pod| pod.metadata.as_ref().unwrap().name == "crossed");
+        let Some(pod) = crossed else { return true };
+        let containers = node.client.list(None).await.unwrap();
+        let lives = containers.iter().any(|container| {
+            container.pod_sandbox_id == pod.id
+                && container.state() == v1::ContainerState::ContainerRunning
+        });
+        if pod.state() == v1::PodSandboxState::SandboxNotready && !lives {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(answer.is_ok(), "it failed, and the pod goes on: {answer:?}");
+    false
 }
 
 /// Whether the daemon ends soon, after it has answered.
@@ -374,7 +427,17 @@ fn run(name: &str, request: Request, trouble: Trouble) {
         println!("SKIP {name}: gantryd is built without its feature failpoints");
         return;
     }
-    on_plain_node(name, async |node| cross(node, request, trouble).await);
+    let mut options = Options::default();
+    if matches!(trouble, Trouble::KillShim | Trouble::FailInShim) {
+        let Some(shim) = std::env::var_os("GANTRY_FAILING_SHIM") else {
+            println!("SKIP {name}: GANTRY_FAILING_SHIM names no gantry-shim with failpoints");
+            return;
+        };
+        options = options.config(&format!("shim = {shim:?}\n"));
+    }
+    on_node(name, options, async |node| {
+        cross(node, request, trouble).await
+    });
 }
 
 crossings! {
@@ -407,4 +470,28 @@ crossings! {
     failed_in_remove_pod_sandbox: RemovePod;
     failed_in_pull_image: PullImage;
     failed_in_remove_image: RemoveImage;
+}
+
+crossings! {
+    KillShim:
+    shim_killed_in_run_pod_sandbox: RunPod;
+    shim_killed_in_start_container: Start;
+    shim_killed_in_exec_sync: ExecSync;
+    shim_killed_in_update_container_resources: Update;
+    shim_killed_in_reopen_container_log: ReopenLog;
+    shim_killed_in_stop_container: StopContainer;
+    shim_killed_in_remove_container: RemoveContainer;
+    shim_killed_in_stop_pod_sandbox: StopPod;
+}
+
+crossings! {
+    FailInShim:
+    shim_failed_in_run_pod_sandbox: RunPod;
+    shim_failed_in_start_container: Start;
+    shim_failed_in_exec_sync: ExecSync;
+    shim_failed_in_update_container_resources: Update;
+    shim_failed_in_reopen_container_log: ReopenLog;
+    shim_failed_in_stop_container: StopContainer;
+    shim_failed_in_remove_container: RemoveContainer;
+    shim_failed_in_stop_pod_sandbox: StopPod;
 }
