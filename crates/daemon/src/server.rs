@@ -56,7 +56,6 @@ pub async fn run(config: Config) -> Result<()> {
         let dir = store_dir.clone();
         tokio::task::spawn_blocking(move || Store::open(&dir)).await??
     };
-    let rebuild = opened.set_aside.is_some();
     let snapshotter = tokio::task::spawn_blocking({
         let config = config.clone();
         move || snapshotter::open(&config)
@@ -121,7 +120,7 @@ pub async fn run(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let summary = tokio::select! {
-        summary = supervisor.recover(rebuild) => summary.context("recovery")?,
+        summary = supervisor.recover() => summary.context("recovery")?,
         _ = terminate.recv() => bail!("stopped during recovery"),
     };
     tracing::info!(

@@ -21,8 +21,9 @@
 //! # When it will not open
 //!
 //! sled's 0.34 line can be damaged by an abrupt stop. [`Store::open`] then renames the directory
-//! to `<dir>.damaged-<n>` and starts empty; [`Opened::set_aside`] tells the daemon to rebuild from
-//! what describes itself (run directories, the content store's index, layer directories).
+//! to `<dir>.damaged-<n>` and starts empty; [`Opened::set_aside`] says so. Some damage it does not
+//! notice: a log that was cut opens as a shorter one. So whoever reads completes the store from what
+//! describes itself (run directories, the content store's index, layer directories), each time.
 
 mod envelope;
 mod flush;

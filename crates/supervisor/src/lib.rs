@@ -162,8 +162,8 @@ impl Supervisor {
     }
 
     /// Finds everything again. To be called once, before anything else.
-    pub async fn recover(&self, rebuild: bool) -> Result<Summary, Error> {
-        recover::recover(&self.ctx, rebuild).await
+    pub async fn recover(&self) -> Result<Summary, Error> {
+        recover::recover(&self.ctx).await
     }
 
     pub fn settings(&self) -> &Settings {

@@ -22,7 +22,7 @@ use crate::container::{Container, half_made, lost_exit, read_exit, remove_files,
 use crate::pod::{Driver, MAILBOX, Msg, blocking, end_shim, kill, release_network, sweep};
 use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
 use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
-use crate::rundir::{self, RunDirs, names, read_record};
+use crate::rundir::{self, RunDirs, RunRecord, names, read_record};
 use crate::shim::Shim;
 use crate::{Context, Error};
 
@@ -167,11 +167,11 @@ pub struct Summary {
     pub orphans: usize,
 }
 
-/// Recovers all pods. `rebuild`: the store was lost and the run directories stand in for it.
-pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary, Error> {
+/// Recovers all pods.
+pub(crate) async fn recover(ctx: &Arc<Context>) -> Result<Summary, Error> {
     let ctx_ = Arc::clone(ctx);
     let (recorded, mut summary) = blocking(move || {
-        let unreadable = if rebuild { restore_records(&ctx_)? } else { 0 };
+        let unreadable = complete_store(&ctx_)?;
         let (recorded, mut summary) = load(&ctx_)?;
         summary.unreadable += unreadable;
         Ok((recorded, summary))
@@ -201,54 +201,90 @@ pub(crate) async fn recover(ctx: &Arc<Context>, rebuild: bool) -> Result<Summary
     Ok(summary)
 }
 
-/// Fills an empty store from the run directories; returns how many records could not be read.
-fn restore_records(ctx: &Context) -> Result<usize, Error> {
-    let mut unreadable = 0;
-    let step = Error::step("rebuild store");
+/// Takes from the run directories what the store has lost: a log that was cut opens as a shorter
+/// one, without a word. Returns how many records can be read in neither place.
+fn complete_store(ctx: &Context) -> Result<usize, Error> {
     let dirs = &ctx.records.dirs;
     let list =
-        |dir: &std::path::Path| names(dir).map_err(|error| Error::io("rebuild store", dir, &error));
+        |dir: &std::path::Path| names(dir).map_err(|error| Error::io("read records", dir, &error));
+    let mut unreadable = 0;
     for name in list(&dirs.pods())? {
         let Ok(id) = name.parse::<PodId>() else {
             continue;
         };
-        let dir = dirs.pod(&id);
-        if damaged_pod(dirs, &id) {
-            unreadable += 1;
-            tracing::error!(pod = %id, "record files cannot be read: they are kept and left alone");
-            continue;
-        }
-        if let (Some(config), Some(status)) = (
-            read_record::<record::PodConfig>(&dir),
-            read_record::<record::PodStatus>(&dir),
-        ) {
-            ctx.records
-                .store
-                .put_both(id.as_str(), &config, &status)
-                .map_err(&step)?;
-        }
+        let further =
+            |ours: &record::PodStatus, stored: &record::PodStatus| pod_age(ours) > pod_age(stored);
+        let complete = complete::<record::PodConfig, record::PodStatus>;
+        unreadable += complete(ctx, id.as_str(), &dirs.pod(&id), further)?;
     }
     for name in list(&dirs.containers())? {
         let Ok(id) = name.parse::<ContainerId>() else {
             continue;
         };
-        let dir = dirs.container(&id);
-        if damaged_container(dirs, &id) {
-            unreadable += 1;
-            tracing::error!(container = %id, "record files cannot be read: they are kept and left alone");
-            continue;
-        }
-        if let (Some(config), Some(status)) = (
-            read_record::<record::ContainerConfig>(&dir),
-            read_record::<record::ContainerStatus>(&dir),
-        ) {
-            ctx.records
-                .store
-                .put_both(id.as_str(), &config, &status)
-                .map_err(&step)?;
-        }
+        let further = |ours: &record::ContainerStatus, stored: &record::ContainerStatus| {
+            container_age(ours) > container_age(stored)
+        };
+        let complete = complete::<record::ContainerConfig, record::ContainerStatus>;
+        unreadable += complete(ctx, id.as_str(), &dirs.container(&id), further)?;
     }
     Ok(unreadable)
+}
+
+/// As [`complete_store`], for one object.
+fn complete<C: RunRecord + Default, S: RunRecord + Default>(
+    ctx: &Context,
+    id: &str,
+    dir: &std::path::Path,
+    further: impl Fn(&S, &S) -> bool,
+) -> Result<usize, Error> {
+    let store = &ctx.records.store;
+    let step = Error::step("complete store");
+    let stored = (store.get::<C>(id), store.get::<S>(id));
+    let (Some(config), Some(status)) = (read_record::<C>(dir), read_record::<S>(dir)) else {
+        // What the store has and cannot read is reported when all are read.
+        let damaged = matches!(stored.0, Ok(None)) && rundir::damaged::<C, S>(dir);
+        if damaged {
+            tracing::error!(
+                id,
+                "record files cannot be read: they are kept and left alone"
+            );
+        }
+        return Ok(usize::from(damaged));
+    };
+    let behind = match &stored {
+        (Ok(Some(_)), Ok(Some(stored))) => further(&status, stored),
+        // Not there, or damaged: the copy is as good.
+        _ => true,
+    };
+    if behind {
+        tracing::warn!(
+            id,
+            "the store is behind the run directory, which it is completed from"
+        );
+        store.put_both(id, &config, &status).map_err(&step)?;
+    }
+    Ok(0)
+}
+
+/// How far a pod is in its life. The store is written first, so only a store that has lost
+/// something is behind.
+fn pod_age(status: &record::PodStatus) -> u8 {
+    match status.phase() {
+        record::PodPhase::Creating => 0,
+        record::PodPhase::Ready => 1,
+        record::PodPhase::NotReady => 2,
+    }
+}
+
+/// As [`pod_age`].
+fn container_age(status: &record::ContainerStatus) -> u8 {
+    match status.phase() {
+        record::ContainerPhase::Creating => 0,
+        record::ContainerPhase::Created => 1,
+        // Comes after any other, and before the end.
+        record::ContainerPhase::Unknown | record::ContainerPhase::Running => 2,
+        record::ContainerPhase::Exited => 3,
+    }
 }
 
 /// Reads all records; what cannot be read is reported and kept.

@@ -84,6 +84,113 @@ fn a_damaged_store_is_set_aside_and_rebuilt_with_pods_running() {
     );
 }
 
+/// Every file below `dir`.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => files.extend(self::files(&path)),
+            false => files.push(path),
+        }
+    }
+    files.sort();
+    files
+}
+
+/// One thing that may happen to a file.
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    Cut(usize),
+    Flip(usize),
+    Remove,
+}
+
+impl Damage {
+    /// What to try on a file of so many bytes: the log cut at steps, and bytes flipped all over it.
+    fn all(length: usize) -> Vec<Self> {
+        const STEPS: usize = 12;
+        let places = (0..STEPS).map(|step| length * step / STEPS);
+        let mut all: Vec<_> = places.clone().map(Damage::Cut).collect();
+        all.extend(length.checked_sub(1).map(Damage::Cut));
+        // Beside the borders of what has a round size.
+        all.extend(
+            places
+                .map(|place| place + 13)
+                .filter(|place| *place < length)
+                .map(Damage::Flip),
+        );
+        all.push(Damage::Remove);
+        all
+    }
+
+    fn apply(self, path: &Path) {
+        if let Damage::Remove = self {
+            return std::fs::remove_file(path).unwrap();
+        }
+        let mut bytes = std::fs::read(path).unwrap();
+        match self {
+            Damage::Cut(length) => bytes.truncate(length),
+            Damage::Flip(place) => bytes[place] ^= 0x5a,
+            Damage::Remove => {}
+        }
+        std::fs::write(path, bytes).unwrap();
+    }
+}
+
+#[test]
+fn whatever_is_damaged_in_the_store_nothing_that_runs_is_lost() {
+    const NAME: &str = "whatever_is_damaged_in_the_store_nothing_that_runs_is_lost";
+    on_plain_node(NAME, async |node| {
+        let image = node.busybox().await;
+        let pod = node.pod("survivor").await;
+        let id = node.run(&pod, &sleeper("running", &image)).await;
+        let exited = node.run_script(&pod, "exited", &image, "exit 4").await;
+        node.exited(&exited).await;
+        node.create(&pod, &sleeper("created", &image)).await;
+        let seen = async |node: &gantry_integration::Node| {
+            let mut containers = node.client.list(None).await.unwrap();
+            containers.sort_by(|a, b| a.id.cmp(&b.id));
+            (
+                node.client.pod_status(&pod.id).await.unwrap(),
+                node.status(&id).await,
+                node.status(&exited).await,
+                containers,
+                node.client.list_images().await.unwrap(),
+            )
+        };
+        let before = seen(node).await;
+        node.daemon.kill().unwrap();
+        let store = node.daemon.places().root.join("store");
+        let whole: Vec<_> = files(&store)
+            .into_iter()
+            .map(|path| (std::fs::read(&path).unwrap(), path))
+            .collect();
+        let mut tried = 0;
+        for (bytes, path) in &whole {
+            for damage in Damage::all(bytes.len()) {
+                damage.apply(path);
+                node.start_again(&[]).await;
+                assert_eq!(before, seen(node).await, "{damage:?} of {}", path.display());
+                node.daemon.kill().unwrap();
+                for dir in set_aside(&store) {
+                    std::fs::remove_dir_all(dir).unwrap();
+                }
+                std::fs::remove_dir_all(&store).unwrap();
+                for (bytes, path) in &whole {
+                    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                    std::fs::write(path, bytes).unwrap();
+                }
+                tried += 1;
+            }
+        }
+        println!("damaged in {tried} ways");
+        assert!(tried > 20, "the store has its files elsewhere: {tried}");
+        node.start_again(&[]).await;
+        assert_eq!(node.sh(&id, "echo alive").await, "alive");
+    });
+}
+
 #[test]
 fn images_and_stopped_pods_are_found_after_a_restart() {
     on_plain_node(
