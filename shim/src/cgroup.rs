@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use gantry_sys::pidfd::PidFd;
+use gantry_sys::signal::SIGKILL;
 
 use crate::error::Error;
 
@@ -146,4 +147,3 @@ pub fn remove(dirs: &[PathBuf], patience: Duration) {
 }
 
 const EBUSY: i32 = 16;
-const SIGKILL: i32 = 9;

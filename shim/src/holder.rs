@@ -40,8 +40,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long killed processes may take to leave a cgroup.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 
-const SIGKILL: i32 = 9;
-
 pub struct Holder {
     child: Child,
     pub process: ProcessRef,
@@ -197,7 +195,7 @@ impl Holder {
 
     pub fn kill(&self) {
         // Gone already is what was wanted.
-        let _ = self.child.pidfd.signal(SIGKILL);
+        let _ = self.child.pidfd.signal(signal::SIGKILL);
     }
 
     /// Ends the holder and takes away its pins and cgroups.

@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode};
 
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::process;
-use gantry_sys::signal::{self, AllSignals};
+use gantry_sys::signal::{self, AllSignals, SIGCHLD};
 
 use crate::report;
 
@@ -24,8 +24,6 @@ const NAME: &str = "gantry-init";
 /// Exit codes of shells for a command that is not there, and for one that cannot be run.
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
-
-const SIGCHLD: i32 = 17;
 
 /// The command, if this is the init.
 pub fn command() -> Option<Vec<OsString>> {

@@ -13,6 +13,7 @@ use gantry_shim_api::v1::request::Body as Ask;
 use gantry_sys::failpoint;
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::Ended;
+use gantry_sys::signal::{SIGKILL, SIGRTMAX};
 use gantry_types::ProcessRef;
 
 use crate::call::{Asker, Call, PendingExec, Purpose, Streams};
@@ -29,11 +30,6 @@ const MAX_EXECS: usize = 1024;
 
 /// What a shutdown grants the runtime before containers are taken down without it.
 const SHUTDOWN_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
-
-const SIGKILL: i32 = 9;
-
-/// Highest signal number of Linux.
-const SIGRTMAX: i32 = 64;
 
 fn done() -> Body {
     Body::Done(v1::Done {})

@@ -14,7 +14,7 @@ use gantry_sys::epoll::{Epoll, EventFlags, Ready};
 use gantry_sys::failpoint;
 use gantry_sys::memory::ProgramText;
 use gantry_sys::process::{self, Ended};
-use gantry_sys::signal::ChildSignal;
+use gantry_sys::signal::{ChildSignal, SIGKILL};
 use gantry_types::ProcessRef;
 
 use crate::call::{self, Asker, Call, Purpose, Streams};
@@ -39,8 +39,6 @@ const DRAIN: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(1);
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
-
-const SIGKILL: i32 = 9;
 
 /// Exit code of what died of SIGKILL.
 const KILLED: i32 = 128 + SIGKILL;

@@ -4,10 +4,8 @@ use std::path::Path;
 
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::Stat;
+use gantry_sys::signal::{SIGKILL, SIGSTOP};
 use gantry_types::ProcessRef;
-
-const SIGKILL: i32 = 9;
-const SIGSTOP: i32 = 19;
 
 /// Looks for new members before we stop looking: each round stops whom it finds, and a stopped
 /// process makes no children, so that only a chain of forks as fast as we read can go on.

@@ -7,14 +7,13 @@ use std::time::Duration;
 
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::kill_group;
+use gantry_sys::signal::SIGKILL;
 use serde::Deserialize;
 
 use crate::{Error, Features, Invocation, Runtime, Version};
 
 /// Most bytes of output that are looked at.
 const OUTPUT: u64 = 1 << 20;
-
-const SIGKILL: i32 = 9;
 
 /// How a call that was waited for ended.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use gantry_shim_api::v1::{self, message, request};
 use gantry_shim_api::{Decoder, encode};
 use gantry_sys::pidfd::PidFd;
+use gantry_sys::signal::SIGKILL;
 use gantry_types::{ErrorKind, PodId, ProcessRef};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tokio::io::unix::AsyncFd;
@@ -334,8 +335,6 @@ impl Shim {
         }
     }
 }
-
-const SIGKILL: i32 = 9;
 
 fn unexpected(pod: &PodId, body: &message::Body) -> Error {
     Error::Shim {

@@ -8,6 +8,13 @@ use nix::sys::signal::{
 };
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+/// Numbers of signals (signal(7)).
+pub const SIGKILL: i32 = Signal::SIGKILL as i32;
+pub const SIGCHLD: i32 = Signal::SIGCHLD as i32;
+pub const SIGSTOP: i32 = Signal::SIGSTOP as i32;
+/// The highest.
+pub const SIGRTMAX: i32 = 64;
+
 /// Ends of children, as a readable event.
 #[derive(Debug)]
 pub struct ChildSignal(SignalFd);

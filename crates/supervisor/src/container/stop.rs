@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_shim_api::v1::{self, request};
+use gantry_sys::signal::SIGKILL;
 use gantry_types::{ContainerId, ContainerState, Decision, Exit};
 use tokio::time::Instant;
 
@@ -19,8 +20,6 @@ use super::Container;
 use crate::clock::now_ns;
 use crate::pod::{Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup};
 use crate::{Context, Error, failpoint};
-
-const SIGKILL: i32 = 9;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {

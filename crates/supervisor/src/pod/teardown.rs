@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use gantry_shim_api::v1::{self, request};
 use gantry_sys::pidfd::PidFd;
+use gantry_sys::signal::SIGKILL;
 use gantry_types::{ContainerId, ProcessRef};
 use nix::mount::{MntFlags, umount2};
 
@@ -126,8 +127,6 @@ pub(crate) fn kill(process: ProcessRef) -> std::io::Result<()> {
         other => other,
     }
 }
-
-const SIGKILL: i32 = 9;
 
 /// Waits until a process has ended; false when it has not.
 async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
