@@ -39,12 +39,20 @@ impl Inner {
     pub(crate) fn collect_all(&self, in_use: &dyn LayersInUse) -> Result<()> {
         let (blobs, _) = self.referenced();
         for (blob, _) in self.content.list()? {
-            if blobs.contains(&blob) || self.is_young(&blob) {
+            let metadata = std::fs::metadata(self.content.path(&blob));
+            if blobs.contains(&blob) || metadata.is_ok_and(|metadata| self.is_young(&metadata)) {
                 continue;
             }
             self.leases
                 .unless_held(&blob, || self.content.remove(&blob))
                 .transpose()?;
+        }
+        for (part, metadata) in self.content.parts()? {
+            if !self.is_young(&metadata) {
+                self.leases
+                    .unless_held(&part, || self.content.discard(&part))
+                    .transpose()?;
+            }
         }
         let layers: Vec<Digest> = self
             .snapshotter
@@ -55,10 +63,9 @@ impl Inner {
         self.collect_layers(&layers, in_use)
     }
 
-    fn is_young(&self, blob: &Digest) -> bool {
-        let modified = std::fs::metadata(self.content.path(blob)).and_then(|meta| meta.modified());
+    fn is_young(&self, file: &std::fs::Metadata) -> bool {
         // A clock that was set back makes it young for ever, until it is set right.
-        modified.is_ok_and(|time| {
+        file.modified().is_ok_and(|time| {
             SystemTime::now().duration_since(time).unwrap_or_default()
                 < self.options.keep_unreferenced
         })

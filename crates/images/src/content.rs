@@ -6,23 +6,30 @@
 //!        blobs/sha256/<hex>      manifests, configs, layers as they were served
 //!        blobs/sha512/<hex>
 //!        ingest/                 blobs on their way in or out
+//!        ingest/sha256-<hex>.part
 //! ```
 //!
 //! A blob appears under its digest by rename, after all of it was hashed and is on disk; so a
 //! blob that is there is whole, and nothing but its name needs to be believed.
+//!
+//! What a pull downloads stays a part, also when it is whole, until [`Content::settle`] has made
+//! all blobs of the image durable at once. Parts survive the process that began them; that one was
+//! whole is forgotten with it, and it is hashed again.
 
+use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_types::Digest;
 use gantry_types::digest::Algorithm;
 
 use crate::hash::{self, Hasher};
-use crate::{Error, Result};
+use crate::partial::Partial;
+use crate::{Error, Result, failpoint};
 
 const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 
@@ -39,7 +46,12 @@ struct Inner {
     /// Bytes of all blobs, so that nobody has to walk the disk to tell.
     used: AtomicU64,
     blobs: AtomicU64,
+    /// Parts that are whole and verified, with their sizes.
+    whole: Mutex<HashMap<Digest, u64>>,
 }
+
+/// End of a part's name.
+const PART: &str = "part";
 
 /// A blob that is being written. Dropped unfinished, it leaves nothing.
 #[derive(Debug)]
@@ -59,6 +71,7 @@ impl Content {
             serial: AtomicU64::new(0),
             used: AtomicU64::new(0),
             blobs: AtomicU64::new(0),
+            whole: Mutex::default(),
         };
         let content = Self {
             inner: Arc::new(inner),
@@ -116,6 +129,7 @@ impl Content {
             .join(format!("{}-{serial}", std::process::id()))
     }
 
+    /// Where a blob is once it is settled.
     pub fn path(&self, digest: &Digest) -> PathBuf {
         self.inner
             .root
@@ -124,8 +138,134 @@ impl Content {
             .join(digest.hex())
     }
 
+    fn part_path(&self, digest: &Digest) -> PathBuf {
+        let name = format!("{}-{}.{PART}", digest.algorithm().as_str(), digest.hex());
+        self.ingest_dir().join(name)
+    }
+
+    fn whole(&self) -> MutexGuard<'_, HashMap<Digest, u64>> {
+        // The map is whole between any two statements.
+        self.inner
+            .whole
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a blob, settled or not; `None` if it is not here.
+    fn open_found(&self, digest: &Digest) -> Result<Option<File>> {
+        // Held over the opening: a blob that is being settled is in one of the two places.
+        let whole = self.whole();
+        let path = if whole.contains_key(digest) {
+            self.part_path(digest)
+        } else {
+            self.path(digest)
+        };
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(format_args!("open {}", path.display()), e)),
+        }
+    }
+
+    /// The part of a blob of `size` bytes, with what earlier downloads left. One at a time: the
+    /// caller holds the blob's lock.
+    pub fn part(&self, digest: &Digest, size: u64) -> Result<Partial> {
+        Partial::open(self.part_path(digest), digest, size)
+    }
+
+    /// Throws a part away.
+    pub fn discard(&self, digest: &Digest) -> Result<()> {
+        let path = self.part_path(digest);
+        self.whole().remove(digest);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io(format_args!("remove {}", path.display()), e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a part that its reader has verified as a blob, which from now on is found.
+    pub fn verified(&self, part: &Partial) {
+        self.whole().insert(part.digest.clone(), part.size);
+    }
+
+    /// Keeps a small blob that has this digest, as a part.
+    pub fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
+        if self.size(digest)?.is_some() {
+            return Ok(());
+        }
+        self.discard(digest)?;
+        let part = self.part(digest, bytes.len() as u64)?;
+        part.write_at(0, &[bytes::Bytes::copy_from_slice(bytes)])?;
+        self.verified(&part);
+        Ok(())
+    }
+
+    /// Makes those of `blobs` durable that are not, and gives them their names.
+    pub fn settle(&self, blobs: &[Digest]) -> Result<()> {
+        let parts: Vec<Digest> = {
+            let whole = self.whole();
+            let mut parts: Vec<Digest> = blobs
+                .iter()
+                .filter(|digest| whole.contains_key(digest))
+                .cloned()
+                .collect();
+            parts.sort();
+            parts.dedup();
+            parts
+        };
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let root = &self.inner.root;
+        let sync = |e| Error::io(format_args!("sync file system of {}", root.display()), e);
+        // Before the rename, and for all blobs at once: a sync for each costs a journal commit
+        // for each. It also reports write-back errors that no write call has seen (syncfs(2)).
+        File::open(root)
+            .and_then(gantry_sys::fs::syncfs)
+            .map_err(sync)?;
+        for digest in &parts {
+            let mut whole = self.whole();
+            // Settled meanwhile by another pull that has it too.
+            let Some(size) = whole.get(digest).copied() else {
+                continue;
+            };
+            let to = self.path(digest);
+            let known = to.exists();
+            fs::rename(self.part_path(digest), &to)
+                .map_err(|e| Error::io(format_args!("store {}", to.display()), e))?;
+            whole.remove(digest);
+            if !known {
+                self.account(size);
+            }
+        }
+        failpoint::at("pull::after-blob-rename")?;
+        self.sync()
+    }
+
+    /// Parts, whole or not, with what they occupy. Walks the directory.
+    pub fn parts(&self) -> Result<Vec<(Digest, fs::Metadata)>> {
+        let dir = self.ingest_dir();
+        let fail = |e| Error::io(format_args!("read {}", dir.display()), e);
+        let mut parts = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            let name = entry.file_name();
+            if let Some(digest) = part_digest(&name.to_string_lossy())
+                && let Ok(metadata) = entry.metadata()
+            {
+                parts.push((digest, metadata));
+            }
+        }
+        Ok(parts)
+    }
+
     /// Size of a blob; `None` if it is not here.
     pub fn size(&self, digest: &Digest) -> Result<Option<u64>> {
+        if let Some(size) = self.whole().get(digest) {
+            return Ok(Some(*size));
+        }
         let path = self.path(digest);
         match fs::symlink_metadata(&path) {
             Ok(meta) if meta.is_file() => Ok(Some(meta.len())),
@@ -136,18 +276,16 @@ impl Content {
     }
 
     pub fn open_blob(&self, digest: &Digest) -> Result<File> {
-        let path = self.path(digest);
-        File::open(&path).map_err(|e| Error::io(format_args!("open {}", path.display()), e))
+        self.open_found(digest)?
+            .ok_or_else(|| Error::invalid(digest, "the blob is missing"))
     }
 
     /// A small blob whole, verified again. `None` if it is not here.
     pub fn read(&self, digest: &Digest, limit: u64) -> Result<Option<Vec<u8>>> {
         let path = self.path(digest);
         let what = || format!("read {}", path.display());
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io(what(), e)),
+        let Some(file) = self.open_found(digest)? else {
+            return Ok(None);
         };
         let mut bytes = Vec::new();
         file.take(limit + 1)
@@ -222,9 +360,10 @@ impl Content {
         Ok(())
     }
 
-    /// Takes a blob out of sight by rename, quick enough for a caller that holds a lock; its
-    /// space comes back with [`Content::purge`]. Absent is success.
+    /// Takes a blob and its part out of sight, quick enough for a caller that holds a lock; the
+    /// space of a settled one comes back with [`Content::purge`]. Absent is success.
     pub fn remove(&self, digest: &Digest) -> Result<()> {
+        self.discard(digest)?;
         let Some(size) = self.size(digest)? else {
             return Ok(());
         };
@@ -236,7 +375,7 @@ impl Content {
         Ok(())
     }
 
-    /// Deletes removed blobs, and what another process left half written.
+    /// Deletes removed blobs, and what another process left half written; parts stay.
     pub fn purge(&self) -> Result<()> {
         let dir = self.ingest_dir();
         let own = format!("{}-", std::process::id());
@@ -244,6 +383,9 @@ impl Content {
         for entry in fs::read_dir(&dir).map_err(fail)? {
             let path = entry.map_err(fail)?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if part_digest(&name).is_some() {
+                continue;
+            }
             let in_work = name.starts_with(&own) && !name.ends_with(".trash");
             if in_work && self.inner.serial.load(Ordering::Relaxed) > 0 {
                 continue;
@@ -301,13 +443,6 @@ impl Ingest {
         Ok((digest, size))
     }
 
-    /// Starts over: what was written is thrown away.
-    pub fn restart(self, digest: &Digest) -> Result<Self> {
-        let content = self.content.clone();
-        drop(self);
-        content.ingest(digest)
-    }
-
     /// Verifies, makes durable, and gives the blob its name.
     pub fn finish(mut self, digest: &Digest, size: u64) -> Result<()> {
         if self.written != size {
@@ -347,6 +482,15 @@ impl Drop for Ingest {
             _ => {}
         }
     }
+}
+
+/// The blob that a file in `ingest` is a part of.
+fn part_digest(name: &str) -> Option<Digest> {
+    let (algorithm, hex) = name
+        .strip_suffix(PART)?
+        .strip_suffix('.')?
+        .split_once('-')?;
+    format!("{algorithm}:{hex}").parse().ok()
 }
 
 #[cfg(test)]
@@ -407,6 +551,35 @@ mod tests {
             content.read(&content.put(&[0; 9]).unwrap(), 8),
             Err(Error::Limit { .. })
         ));
+    }
+
+    #[test]
+    fn a_part_is_found_when_it_is_verified_and_named_when_it_is_settled() {
+        let (_dir, content) = open();
+        let digest = hash::sha256(b"hello");
+        content.keep(&digest, b"hello").unwrap();
+        content.keep(&digest, b"hello").unwrap();
+        assert_eq!(content.size(&digest).unwrap(), Some(5));
+        assert_eq!(content.read(&digest, 100).unwrap().unwrap(), b"hello");
+        assert!(content.open_blob(&digest).is_ok() && !content.path(&digest).exists());
+        assert_eq!((content.used(), in_ingest(&content)), ((0, 0), 1));
+        // A process that is killed here forgets that it was whole, and keeps the bytes.
+        let next = Content::open(content.root()).unwrap();
+        assert_eq!(next.size(&digest).unwrap(), None);
+        assert_eq!(next.parts().unwrap().len(), 1);
+        assert_eq!(next.part(&digest, 5).unwrap().missing(0..5), None);
+
+        let all = [digest.clone(), digest.clone()];
+        content.settle(&all).unwrap();
+        content.settle(&all).unwrap();
+        assert_eq!((content.used(), in_ingest(&content)), ((5, 1), 0));
+        assert_eq!(content.read(&digest, 100).unwrap().unwrap(), b"hello");
+
+        let other = hash::sha256(b"other");
+        content.keep(&other, b"other").unwrap();
+        content.remove(&other).unwrap();
+        assert_eq!(content.size(&other).unwrap(), None);
+        assert_eq!(in_ingest(&content), 0);
     }
 
     #[test]

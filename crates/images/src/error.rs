@@ -89,6 +89,14 @@ pub enum Error {
     #[error("{what} ended early")]
     Worker { what: &'static str },
 
+    /// The pull has failed elsewhere, or nobody waits for it any more.
+    #[error("the pull was given up")]
+    Cancelled,
+
+    /// Credentials that the node itself has for a host could not be had.
+    #[error("credentials for {host}: {reason}")]
+    Credentials { host: String, reason: String },
+
     /// The failure of a pull that several callers wait for.
     #[error(transparent)]
     Joined(Arc<Error>),
@@ -130,7 +138,8 @@ impl Kind for Error {
             }
             Error::Invalid { .. } | Error::Unsupported { .. } => ErrorKind::InvalidArgument,
             Error::Limit { .. } => ErrorKind::ResourceExhausted,
-            Error::Hosts { .. } => ErrorKind::FailedPrecondition,
+            Error::Hosts { .. } | Error::Credentials { .. } => ErrorKind::FailedPrecondition,
+            Error::Cancelled => ErrorKind::Unavailable,
             Error::Io { source, .. } => match Kind::kind(source) {
                 // A file of ours that is missing is not the caller's "no such image".
                 ErrorKind::NotFound | ErrorKind::AlreadyExists => ErrorKind::Internal,

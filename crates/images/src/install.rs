@@ -1,24 +1,29 @@
 //! From a manifest in the content store to unpacked layers: fetch, decompress, verify, stage,
 //! commit.
+//!
+//! A layer is hashed, decompressed and unpacked while it is downloaded. What comes of it is in a
+//! stage, which nobody sees, until the digest over all of the blob and the one over all of the
+//! archive are right; then it is made durable, and only then it is a layer.
 
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use gantry_ports::Snapshotter;
 use gantry_ports::snapshotter::{Stage, Whiteouts};
 use gantry_types::Digest;
 use tokio::task::JoinSet;
 
+use crate::cancel::Cancel;
 use crate::decompress;
 use crate::document::{self, Descriptor, Document};
 use crate::hash::{self, HashingReader};
 use crate::lease::Lease;
-use crate::registry::Session;
+use crate::partial::{Follow, Partial};
+use crate::registry::{Followed, Session};
 use crate::service::{Inner, blocking};
 use crate::unpack::{self, Unpacked};
-use crate::{Error, Result};
+use crate::{Error, Result, failpoint};
 
 /// One layer of the image.
 #[derive(Clone)]
@@ -48,7 +53,7 @@ impl Drop for Staged {
 
 /// Brings configuration and layers of `manifest`, a blob of the content store, to this node.
 /// Without a session only what is here already is used. Returns the lease, which now holds all
-/// parts; blobs that were fetched are added to `fresh`, also on failure.
+/// parts; blobs that are fetched are added to `fresh`, also on failure.
 pub async fn install(
     inner: &Arc<Inner>,
     session: Option<Arc<Session>>,
@@ -68,9 +73,7 @@ pub async fn install(
         ));
     };
     lease.hold([&parsed.config.digest]);
-    if fetch(inner, session.as_deref(), &parsed.config).await? {
-        fresh.push(parsed.config.digest.clone());
-    }
+    fetch(inner, session.as_deref(), &parsed.config, fresh).await?;
     let (content, digest) = (inner.content.clone(), parsed.config.digest.clone());
     let bytes = blocking("blob read", move || {
         content.read(&digest, document::DOCUMENT_MAX)
@@ -111,96 +114,185 @@ pub async fn install(
             .collect::<Vec<_>>())
     });
     let missing = missing.await?;
-    let staged = fetch_and_stage(inner, session, missing, fresh).await?;
+    fresh.extend(missing.iter().map(|layer| layer.blob.digest.clone()));
+    let cancel = session
+        .as_ref()
+        .map(|session| session.cancel.clone())
+        .unwrap_or_default();
+    let staged = fetch_and_stage(inner, session, missing).await?;
     let (work, chains) = (inner.clone(), chains);
-    blocking("layer commit", move || commit(&work, &chains, staged)).await?;
+    blocking("layer commit", move || {
+        cancel.check()?;
+        commit(&work, &chains, staged, &cancel)
+    })
+    .await?;
     Ok(lease)
 }
 
-/// Makes sure that a blob is here; whether it had to be fetched.
-pub async fn fetch(inner: &Inner, session: Option<&Session>, blob: &Descriptor) -> Result<bool> {
-    let lock = inner.blob_locks.of(&blob.digest);
-    // Another pull may be fetching it.
-    let _lock = match session {
-        None => lock.lock().await,
+/// Takes the blob's lock: another pull may be fetching it.
+async fn lock(
+    inner: &Inner,
+    session: Option<&Session>,
+    blob: &Descriptor,
+) -> Result<tokio::sync::OwnedMutexGuard<()>> {
+    let lock = inner.blob_locks.of(&blob.digest).lock_owned();
+    match session {
+        None => Ok(lock.await),
         Some(session) => tokio::select! {
-            held = lock.lock() => held,
-            error = session.cancelled() => return Err(error),
+            held = lock => Ok(held),
+            error = session.cancel.cancelled() => Err(error),
         },
-    };
+    }
+}
+
+/// Whether a blob is here. Without a session it must be.
+async fn is_here(inner: &Inner, session: Option<&Session>, blob: &Descriptor) -> Result<bool> {
     let (content, digest) = (inner.content.clone(), blob.digest.clone());
-    let size = blocking("blob look-up", move || content.size(&digest)).await?;
-    match (size, session) {
-        (Some(size), _) if size == blob.size => Ok(false),
-        (Some(size), _) => Err(Error::mismatch(
+    match blocking("blob look-up", move || content.size(&digest)).await? {
+        Some(size) if size == blob.size => Ok(true),
+        Some(size) => Err(Error::mismatch(
             &blob.digest,
             format_args!(
                 "it has {size} bytes and not {} as the manifest says",
                 blob.size
             ),
         )),
-        (None, Some(session)) => {
-            session
-                .blob(&blob.digest, blob.size, &inner.content)
-                .await?;
-            Ok(true)
-        }
-        (None, None) => Err(Error::invalid(&blob.digest, "the blob is missing")),
+        None if session.is_some() => Ok(false),
+        None => Err(Error::invalid(&blob.digest, "the blob is missing")),
     }
 }
 
-/// Fetches all layers and, where layers are staged alone, unpacks each as soon as it is here.
+/// Makes sure that a blob is here; it is added to `fresh` if it has to be fetched.
+pub async fn fetch(
+    inner: &Inner,
+    session: Option<&Session>,
+    blob: &Descriptor,
+    fresh: &mut Vec<Digest>,
+) -> Result<()> {
+    let _lock = lock(inner, session, blob).await?;
+    match session {
+        Some(session) if !is_here(inner, Some(session), blob).await? => {
+            fresh.push(blob.digest.clone());
+            session.blob(blob, &inner.content, hash_only).await
+        }
+        session => is_here(inner, session, blob).await.map(drop),
+    }
+}
+
+fn hash_only(partial: &Partial) -> Followed<()> {
+    let follow = Follow::new(partial, None);
+    follow_up(partial, follow, Ok(()))
+}
+
+/// Whether the blob that a reader made `value` of is whole.
+fn follow_up<T>(partial: &Partial, follow: Follow<'_>, value: Result<T>) -> Followed<T> {
+    match value {
+        // A full disk, say: more of the blob would not help.
+        Err(error) if is_local(&error) => {
+            partial.refuse();
+            Followed::Ended(error)
+        }
+        // What is wrong with the content is the host's fault or the image's: the digest tells.
+        value => match follow.verify() {
+            Ok(true) => Followed::Whole(value),
+            Ok(false) => Followed::Other,
+            Err(source) => Followed::Ended(Error::io(
+                format_args!("blob {}", partial.digest),
+                source,
+            )),
+        },
+    }
+}
+
+fn is_local(error: &Error) -> bool {
+    match error {
+        Error::Io { source, .. } => source.kind() == io::ErrorKind::StorageFull,
+        Error::Snapshotter(_) => true,
+        _ => false,
+    }
+}
+
+/// Fetches a layer and, where layers are staged alone, unpacks it while it comes.
+async fn bring(
+    inner: &Arc<Inner>,
+    session: Option<&Session>,
+    layer: &Layer,
+    cancel: &Cancel,
+) -> Result<Option<Staged>> {
+    let alone = inner.snapshotter.whiteouts() == Whiteouts::Overlay;
+    let lock = lock(inner, session, &layer.blob).await?;
+    let here = is_here(inner, session, &layer.blob).await?;
+    match session {
+        Some(session) if !here && alone => {
+            let (work, layer_too, cancel) = (inner.clone(), layer.clone(), cancel.clone());
+            let follow = move |partial: &Partial| {
+                let mut follow = Follow::new(partial, Some(&work.budget.turns));
+                let staged = stage(&work, &layer_too, &mut follow, &cancel);
+                follow_up(partial, follow, staged)
+            };
+            session
+                .blob(&layer.blob, &inner.content, follow)
+                .await
+                .map(Some)
+        }
+        Some(session) if !here => {
+            session.blob(&layer.blob, &inner.content, hash_only).await?;
+            Ok(None)
+        }
+        _ if alone => {
+            // Nobody needs to wait for the unpacking.
+            drop(lock);
+            let (inner, layer, cancel) = (inner.clone(), layer.clone(), cancel.clone());
+            blocking("layer unpack", move || {
+                let _turn = inner.budget.turns.take();
+                stage_here(&inner, &layer, &cancel).map(Some)
+            })
+            .await
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Brings all layers, a few at once; those that cannot be staged alone are only fetched.
 async fn fetch_and_stage(
     inner: &Arc<Inner>,
     session: Option<Arc<Session>>,
     missing: Vec<Layer>,
-    fresh: &mut Vec<Digest>,
 ) -> Result<Vec<(Layer, Option<Staged>)>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let alone = inner.snapshotter.whiteouts() == Whiteouts::Overlay;
-    let slots = Arc::new(tokio::sync::Semaphore::new(inner.downloads));
+    let cancel = session
+        .as_ref()
+        .map(|session| session.cancel.clone())
+        .unwrap_or_default();
+    // A place is kept until the layer is unpacked: what a pull holds in memory does not grow with
+    // the number of its layers.
+    let places = Arc::new(tokio::sync::Semaphore::new(inner.layers_at_once));
     let mut tasks = JoinSet::new();
     for (n, layer) in missing.into_iter().enumerate() {
         let (inner, session) = (inner.clone(), session.clone());
-        let (slots, stop) = (slots.clone(), stop.clone());
+        let (places, cancel) = (places.clone(), cancel.clone());
         tasks.spawn(async move {
-            let slot = slots.acquire_owned().await;
-            let fetched = fetch(&inner, session.as_deref(), &layer.blob).await;
-            drop(slot);
-            let fetched = match fetched {
-                Ok(fetched) => fetched.then(|| layer.blob.digest.clone()),
-                Err(error) => return (n, None, Err(error)),
+            let _place = places.acquire_owned().await;
+            let brought = match cancel.check() {
+                Ok(()) => bring(&inner, session.as_deref(), &layer, &cancel).await,
+                Err(error) => Err(error),
             };
-            if !alone {
-                return (n, fetched, Ok((layer, None)));
-            }
-            let permit = inner.unpacks.clone().acquire_owned().await;
-            let done = blocking("layer unpack", move || {
-                let staged = stage(&inner, &layer, &stop)?;
-                drop(permit);
-                Ok((layer, Some(staged)))
-            });
-            (n, fetched, done.await)
+            (n, brought.map(|staged| (layer, staged)))
         });
     }
     let mut staged: Vec<(usize, (Layer, Option<Staged>))> = Vec::new();
     let mut failed = None;
     while let Some(done) = tasks.join_next().await {
-        let (n, fetched, result) = match done {
+        let (n, result) = match done {
             Ok(done) => done,
-            Err(_) => (0, None, Err(Error::Worker { what: "layer task" })),
+            Err(_) => (0, Err(Error::Worker { what: "layer task" })),
         };
-        fresh.extend(fetched);
         match result {
             Ok(layer) => staged.push((n, layer)),
             Err(error) if failed.is_none() => {
-                // Downloads end here; unpacking threads see the flag and are waited for, so that
-                // a pull that has ended leaves nobody writing.
+                // Downloads and unpacking threads are told, and waited for, so that a pull that
+                // has ended leaves nobody writing.
                 failed = Some(error);
-                stop.store(true, Ordering::Relaxed);
-                if let Some(session) = &session {
-                    session.cancel();
-                }
+                cancel.cancel();
             }
             Err(_) => {}
         }
@@ -221,26 +313,26 @@ async fn fetch_and_stage(
     }
 }
 
+/// Unpacks a layer whose blob is here.
+fn stage_here(inner: &Inner, layer: &Layer, cancel: &Cancel) -> Result<Staged> {
+    let blob = inner.content.open_blob(&layer.blob.digest)?;
+    stage(inner, layer, blob, cancel)
+}
+
 /// Unpacks one layer into a stage of its own and verifies its diff id.
-fn stage(inner: &Inner, layer: &Layer, stop: &Arc<AtomicBool>) -> Result<Staged> {
+fn stage(inner: &Inner, layer: &Layer, blob: impl Read, cancel: &Cancel) -> Result<Staged> {
+    let stage = inner
+        .snapshotter
+        .stage(&layer.chain, layer.parent.as_ref())?;
+    let dir = stage.dir.clone();
     let mut staged = Staged {
         snapshotter: inner.snapshotter.clone(),
-        stage: Some(
-            inner
-                .snapshotter
-                .stage(&layer.chain, layer.parent.as_ref())?,
-        ),
+        stage: Some(stage),
         unpacked: Unpacked::default(),
     };
-    let dir = staged
-        .stage
-        .as_ref()
-        .map(|stage| stage.dir.clone())
-        .unwrap_or_default();
-    let file = inner.content.open_blob(&layer.blob.digest)?;
     let source = Stoppable {
-        inner: file,
-        stop: stop.clone(),
+        inner: blob,
+        cancel: cancel.clone(),
     };
     let what = |e: io::Error| Error::io(format_args!("layer {}", layer.blob.digest), e);
     let stream = decompress::open(source, inner.options.limits.expansion).map_err(what)?;
@@ -284,17 +376,21 @@ fn in_layer(error: Error, layer: &Digest) -> Error {
 }
 
 /// Completes staged layers from base to top and makes them durable and visible.
-fn commit(inner: &Inner, chains: &[Digest], staged: Vec<(Layer, Option<Staged>)>) -> Result<()> {
+fn commit(
+    inner: &Inner,
+    chains: &[Digest],
+    staged: Vec<(Layer, Option<Staged>)>,
+    cancel: &Cancel,
+) -> Result<()> {
     let snapshotter = &inner.snapshotter;
     let mut ready: Vec<(Stage, gantry_ports::snapshotter::Usage)> = Vec::new();
     let mut waiting: Vec<Staged> = Vec::new();
-    let never = Arc::new(AtomicBool::new(false));
     for (layer, staged) in staged {
         let mut staged = match staged {
             Some(staged) => staged,
             // The stage starts from its parent, which must be committed by now.
             None => {
-                let mut staged = stage(inner, &layer, &never)?;
+                let mut staged = stage_here(inner, &layer, cancel)?;
                 let usage = staged.unpacked.usage;
                 if let Some(stage) = staged.stage.take() {
                     let occupied = snapshotter.commit(vec![(stage, usage)])?;
@@ -325,22 +421,24 @@ fn commit(inner: &Inner, chains: &[Digest], staged: Vec<(Layer, Option<Staged>)>
         let usage = staged.unpacked.usage;
         ready.extend(staged.stage.take().map(|stage| (stage, usage)));
     }
+    failpoint::at("pull::before-sync")?;
     let occupied = snapshotter.commit(ready)?;
     inner.usage().extend(occupied);
-    Ok(())
+    failpoint::at("pull::after-layers")
 }
 
 /// Ends a read that nobody waits for any more.
 struct Stoppable<R> {
     inner: R,
-    stop: Arc<AtomicBool>,
+    cancel: Cancel,
 }
 
 impl<R: Read> Read for Stoppable<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(io::Error::other("the pull has failed elsewhere"));
+        if self.cancel.is_cancelled() {
+            return Err(io::Error::other(Error::Cancelled.to_string()));
         }
+        failpoint::at("pull::mid-unpack").map_err(|error| io::Error::other(error.to_string()))?;
         self.inner.read(buffer)
     }
 }

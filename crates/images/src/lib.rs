@@ -7,6 +7,8 @@
 //! it left half done when it was killed is still known, and is finished at the next start.
 
 mod archive;
+mod budget;
+mod cancel;
 mod catalog;
 mod collect;
 mod content;
@@ -14,11 +16,14 @@ mod credentials;
 mod decompress;
 mod document;
 mod error;
+mod failpoint;
 mod hash;
 mod image;
 mod index;
 mod install;
+mod joined;
 mod lease;
+mod partial;
 mod platform;
 mod pull;
 pub mod reference;

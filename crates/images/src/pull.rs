@@ -4,32 +4,23 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use futures::FutureExt;
-use futures::future::{BoxFuture, Shared};
+use futures::future::BoxFuture;
 use gantry_types::{Digest, ErrorKind, Kind};
 
+use crate::cancel::Cancel;
 use crate::credentials::Credentials;
 use crate::document::{self, Descriptor, Document};
 use crate::install;
 use crate::lease::Lease;
 use crate::reference::Reference;
 use crate::registry::{Served, Session};
-use crate::service::{Inner, PullRequest, blocking};
-use crate::{Error, Result};
+use crate::service::{Inner, blocking};
+use crate::{Error, Result, failpoint};
 
 /// Deepest nesting of indexes, and most documents read for one image (GO-2026-6597: indexes that
 /// list each other make a small tree of names into an endless walk).
 const DEPTH_MAX: usize = 4;
 const DOCUMENTS_MAX: usize = 32;
-
-type Outcome = std::result::Result<String, Arc<Error>>;
-/// Normalised reference and credentials.
-type Key = (String, Credentials);
-type Joinable = Shared<BoxFuture<'static, Outcome>>;
-
-/// Pulls under way. Credentials are part of the key: whoever cannot pull an image by himself must
-/// not get it by somebody else's.
-#[derive(Default)]
-pub struct Pulls(Mutex<HashMap<Key, Joinable>>);
 
 /// One lock per blob under way, so that two pulls do not fetch the same one twice.
 #[derive(Default)]
@@ -48,55 +39,21 @@ impl BlobLocks {
     }
 }
 
-pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
-    let reference: Reference = request.reference.parse()?;
-    let key = (reference.to_string(), request.credentials.clone());
-    let joined = {
-        let mut pulls = inner.pulls.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match pulls.get(&key) {
-            Some(pull) => pull.clone(),
-            None => {
-                let task = tokio::spawn(run(inner.clone(), reference, key.clone()));
-                let ended = Error::Worker { what: "image pull" };
-                let pull = task
-                    .map(|done| done.unwrap_or(Err(Arc::new(ended))))
-                    .boxed()
-                    .shared();
-                pulls.insert(key, pull.clone());
-                pull
-            }
-        }
-    };
-    joined.await.map_err(Error::Joined)
-}
-
-/// A task of its own: the callers may come and go.
-async fn run(inner: Arc<Inner>, reference: Reference, key: Key) -> Outcome {
-    // Taken out of the map also if the pull panics.
-    struct Leave(Arc<Inner>, Key);
-    impl Drop for Leave {
-        fn drop(&mut self) {
-            self.0
-                .pulls
-                .0
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&self.1);
-        }
-    }
-    let leave = Leave(inner.clone(), key);
-    let result = pull_image(&inner, &reference, &leave.1.1).await;
-    result.map_err(Arc::new)
-}
-
-async fn pull_image(
+/// Pulls an image and returns its id. Told to end by `cancel`, it ends in order: what it has
+/// fetched stays for the next try, half-unpacked layers do not.
+pub async fn pull(
     inner: &Arc<Inner>,
     reference: &Reference,
     credentials: &Credentials,
+    cancel: &Cancel,
 ) -> Result<String> {
     let work = (inner.clone(), reference.clone(), credentials.clone());
+    let ended = cancel.clone();
     let session = blocking("registry session", move || {
-        work.0.client.session(&work.1, &work.2)
+        let (inner, reference, credentials) = &work;
+        inner
+            .client
+            .session(reference, credentials, &inner.budget, &ended)
     });
     let session = Arc::new(session.await?);
     let mut walk = Walk {
@@ -108,6 +65,7 @@ async fn pull_image(
         fresh: Vec::new(),
     };
     let top = walk.top(reference).await?;
+    failpoint::at("pull::after-resolve")?;
     let named = reference.with_digest(&top.digest);
     let manifest = walk.manifest(top).await?;
     let Walk {
@@ -128,6 +86,7 @@ async fn pull_image(
         }
     };
     let tags = reference.tagged().into_iter().collect();
+    failpoint::at("pull::before-record")?;
     let image = inner.admit(manifest, tags, vec![named]).await?;
     drop(lease);
     Ok(image.id.clone())
@@ -182,9 +141,12 @@ impl Walk<'_> {
         self.lease.hold([&served.digest]);
         let content = self.inner.content.clone();
         let (digest, bytes) = (served.digest.clone(), served.bytes.clone());
+        // Two pulls may have it at once.
+        let lock = self.inner.blob_locks.of(&served.digest);
+        let _lock = lock.lock().await;
         let new = blocking("blob write", move || {
             let new = content.size(&digest)?.is_none();
-            content.put_as(&digest, &bytes).map(|()| new)
+            content.keep(&digest, &bytes).map(|()| new)
         });
         if new.await? {
             self.fresh.push(served.digest.clone());
@@ -288,9 +250,7 @@ impl Walk<'_> {
     /// Whether the image of this configuration says it runs here.
     async fn runs(&mut self, config: &Descriptor) -> Result<bool> {
         self.lease.hold([&config.digest]);
-        if install::fetch(self.inner, Some(self.session), config).await? {
-            self.fresh.push(config.digest.clone());
-        }
+        install::fetch(self.inner, Some(self.session), config, &mut self.fresh).await?;
         let bytes = self.local(&config.digest).await?.unwrap_or_default();
         let parsed = document::parse_config(&config.digest, &bytes)?;
         Ok(self.inner.options.platforms.runs(&parsed.image.platform))

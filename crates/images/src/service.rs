@@ -1,6 +1,7 @@
 //! The face of this crate: the images of the node.
 
 use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -13,13 +14,15 @@ use gantry_store::record::ImageRecord;
 use gantry_types::{Digest, ErrorKind, Kind};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
+use crate::budget::Budget;
 use crate::catalog::Catalog;
 use crate::content::Content;
 use crate::credentials::Credentials;
 use crate::image::Image;
 use crate::lease::{Lease, Leases};
 use crate::platform::Accepted;
-use crate::pull::{BlobLocks, Pulls};
+use crate::joined::Pulls;
+use crate::pull::BlobLocks;
 use crate::unpack::Limits;
 use crate::{Error, Result, index, registry};
 
@@ -30,10 +33,14 @@ pub struct Options {
     /// Names (globs, matched against every tag and digest name) of images that the kubelet must
     /// not collect: `registry.k8s.io/pause*`.
     pub pinned: Vec<String>,
-    /// Layers of one image that are downloaded at once.
+    /// Layers of one image that are fetched and unpacked at once.
+    pub layers_at_once: usize,
+    /// Transfers of all pulls on which bytes move at once.
     pub parallel_downloads: usize,
     /// Layers of all images that are unpacked at once; decompression is one thread each.
     pub parallel_unpacks: usize,
+    /// Bytes a second that all pulls together may take from the network.
+    pub bandwidth: Option<NonZeroU64>,
     pub limits: Limits,
     /// How long blobs that no image refers to stay: a failed pull goes on with what it has.
     pub keep_unreferenced: Duration,
@@ -45,8 +52,10 @@ impl Default for Options {
         Self {
             registry: registry::Settings::default(),
             pinned: Vec::new(),
-            parallel_downloads: 3,
+            layers_at_once: 3,
+            parallel_downloads: 12,
             parallel_unpacks: std::thread::available_parallelism().map_or(2, usize::from),
+            bandwidth: None,
             limits: Limits::default(),
             keep_unreferenced: Duration::from_secs(3600),
             platforms: Accepted::host(),
@@ -115,8 +124,8 @@ pub(crate) struct Inner {
     pub leases: Leases,
     pub pulls: Pulls,
     pub blob_locks: BlobLocks,
-    pub downloads: usize,
-    pub unpacks: Arc<tokio::sync::Semaphore>,
+    pub layers_at_once: usize,
+    pub budget: Budget,
     /// What readers see.
     catalog: RwLock<Arc<Catalog>>,
     /// Held from the reading of the catalog to the publication of the next one.
@@ -144,8 +153,12 @@ impl Images {
             leases: Leases::default(),
             pulls: Pulls::default(),
             blob_locks: BlobLocks::default(),
-            downloads: options.parallel_downloads.max(1),
-            unpacks: Arc::new(tokio::sync::Semaphore::new(options.parallel_unpacks.max(1))),
+            layers_at_once: options.layers_at_once.max(1),
+            budget: Budget::new(
+                options.parallel_downloads,
+                options.parallel_unpacks,
+                options.bandwidth,
+            ),
             catalog: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
             behind: AtomicBool::new(false),
@@ -165,9 +178,10 @@ impl Images {
     }
 
     /// Pulls an image and returns its id (the digest of its configuration). Identical requests
-    /// that come while one is under way share it. The pull goes on if the caller leaves.
+    /// that come while one is under way share it. The pull goes on while anybody waits for it;
+    /// once all of its callers have left it ends, and the next one goes on with what it fetched.
     pub async fn pull(&self, request: PullRequest) -> Result<String> {
-        crate::pull::pull(&self.inner, request).await
+        crate::joined::pull(&self.inner, request).await
     }
 
     /// Every image. From memory.
@@ -451,8 +465,9 @@ impl Inner {
         let changing = self.changing.lock().await;
         let work = self.clone();
         let done = blocking("image record", move || {
-            work.content.sync()?;
             let image = work.load_complete(&manifest)?;
+            work.content.settle(&image.blobs)?;
+            work.content.sync()?;
             let mut catalog = Catalog::clone(&work.catalog());
             let known = catalog.get(&image.id).cloned();
             let merge = |old: Option<&Vec<String>>, new: Vec<String>| {

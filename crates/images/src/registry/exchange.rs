@@ -1,5 +1,6 @@
 //! One request to one host: authentication, redirects, retries.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE};
@@ -57,8 +58,8 @@ pub struct Request<'a> {
     /// `manifests/latest`, `blobs/sha256:...`.
     pub path: String,
     pub accept: Option<&'a str>,
-    /// First byte wanted.
-    pub from: u64,
+    /// The bytes wanted, if not all.
+    pub range: Option<Range<u64>>,
 }
 
 impl Request<'_> {
@@ -266,10 +267,11 @@ impl Endpoint {
         {
             headers.insert(ACCEPT, accept);
         }
-        if request.from > 0
-            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", request.from))
+        if let Some(range) = &request.range
+            && let Ok(value) =
+                HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1))
         {
-            headers.insert(RANGE, range);
+            headers.insert(RANGE, value);
         }
         Ok(headers)
     }

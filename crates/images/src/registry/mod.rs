@@ -1,7 +1,9 @@
 //! The client side of the OCI distribution specification.
 
 mod challenge;
+mod download;
 mod exchange;
+mod failures;
 pub mod hosts;
 mod session;
 mod tls;
@@ -11,9 +13,12 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::Result;
+use crate::budget::Budget;
+use crate::cancel::Cancel;
 use crate::credentials::Credentials;
 use crate::reference::Reference;
 
+pub use download::Followed;
 pub use session::{Served, Session};
 
 /// How registries are talked to.
@@ -34,6 +39,10 @@ pub struct Settings {
     pub retry_wait: Duration,
     /// Longest wait that `Retry-After` may ask for.
     pub retry_wait_max: Duration,
+    /// Transfers of one blob at once, where it is big and the host honours ranges.
+    pub ranges: usize,
+    /// Bytes that one of them asks for at a time; a blob of less than two such is not divided.
+    pub range_bytes: u64,
 }
 
 impl Default for Settings {
@@ -46,6 +55,8 @@ impl Default for Settings {
             attempts: 4,
             retry_wait: Duration::from_millis(250),
             retry_wait_max: Duration::from_secs(60),
+            ranges: 4,
+            range_bytes: 32 << 20,
         }
     }
 }
@@ -89,7 +100,13 @@ impl Client {
 
     /// What one pull needs: the hosts of the reference as configured now, and the credentials.
     /// Reads files: blocks.
-    pub fn session(&self, reference: &Reference, credentials: &Credentials) -> Result<Session> {
+    pub fn session(
+        &self,
+        reference: &Reference,
+        credentials: &Credentials,
+        budget: &Budget,
+        cancel: &Cancel,
+    ) -> Result<Session> {
         let hosts = hosts::hosts(self.settings.certs_d.as_deref(), reference.host())?;
         let mut endpoints = Vec::with_capacity(hosts.len());
         for host in hosts {
@@ -113,6 +130,8 @@ impl Client {
             reference.clone(),
             endpoints,
             self.settings.clone(),
+            budget.clone(),
+            cancel.clone(),
         ))
     }
 }

@@ -259,10 +259,11 @@ async fn identical_pulls_are_one_and_outlive_their_callers() {
     registry.add("a", "v1", &made);
     registry.behave(|b| b.latency = Duration::from_millis(50));
     let name = format!("{}/a:v1", registry.host());
-    // The first caller leaves at once; the others get what it asked for.
-    let left = tokio::time::timeout(Duration::from_millis(20), node.pull(&name)).await;
+    // The first caller leaves soon; the others get what it asked for.
+    let left = tokio::time::timeout(Duration::from_millis(20), node.pull(&name));
+    let (left, a, b, c) =
+        tokio::join!(left, node.pull(&name), node.pull(&name), node.pull(&name));
     assert!(left.is_err());
-    let (a, b, c) = tokio::join!(node.pull(&name), node.pull(&name), node.pull(&name));
     for id in [a, b, c] {
         assert_eq!(id.unwrap(), made.id());
     }

@@ -98,9 +98,18 @@ impl Node {
         names
     }
 
-    /// Fails if work that has ended left anything half done.
+    /// Blobs that a failed pull has fetched, whole or not, for the next one.
+    pub fn parts(&self) -> Vec<String> {
+        let mut names = self.names("content/ingest");
+        names.retain(|name| name.ends_with(".part"));
+        names
+    }
+
+    /// Fails if work that has ended left anything half done but such parts.
     pub fn assert_tidy(&self) {
-        for dir in ["content/ingest", "overlayfs/stages", "overlayfs/trash"] {
+        let ingest = self.names("content/ingest");
+        assert_eq!(ingest, self.parts(), "content/ingest");
+        for dir in ["overlayfs/stages", "overlayfs/trash"] {
             assert_eq!(self.names(dir), [""; 0], "{dir}");
         }
     }
@@ -108,6 +117,7 @@ impl Node {
     /// Nothing but an empty store.
     pub fn assert_empty(&self) {
         self.assert_tidy();
+        assert_eq!(self.parts(), [""; 0]);
         assert!(self.images.list().is_empty());
         assert_eq!(self.names("content/blobs/sha256"), [""; 0]);
         assert_eq!(self.names("overlayfs/layers"), [""; 0]);

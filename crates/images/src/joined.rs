@@ -1,0 +1,134 @@
+//! Pulls under way, and who waits for them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
+
+use crate::cancel::Cancel;
+use crate::credentials::Credentials;
+use crate::pull;
+use crate::reference::Reference;
+use crate::service::{Inner, PullRequest};
+use crate::{Error, Result};
+
+type Outcome = std::result::Result<String, Arc<Error>>;
+/// Normalised reference and credentials. Credentials are part of it: whoever cannot pull an image
+/// by himself must not get it by somebody else's.
+type Key = (String, Credentials);
+
+#[derive(Clone)]
+struct Joinable {
+    outcome: Shared<BoxFuture<'static, Outcome>>,
+    cancel: Cancel,
+    waiters: usize,
+    /// Tells this pull from a later one under the same key.
+    serial: u64,
+}
+
+#[derive(Default)]
+pub struct Pulls(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    pulls: HashMap<Key, Joinable>,
+    serial: u64,
+}
+
+impl Pulls {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change is whole when the lock is given back.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a pull out that has ended or that nobody may join any more.
+    fn forget(&self, key: &Key, serial: u64) {
+        let mut state = self.lock();
+        if state.pulls.get(key).is_some_and(|pull| pull.serial == serial) {
+            state.pulls.remove(key);
+        }
+    }
+}
+
+/// A caller's interest in a pull; the last one that is dropped ends the pull.
+struct Waiter {
+    inner: Arc<Inner>,
+    key: Key,
+    serial: u64,
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        let mut state = self.inner.pulls.lock();
+        let Some(pull) = state.pulls.get_mut(&self.key) else {
+            return;
+        };
+        if pull.serial != self.serial {
+            return;
+        }
+        pull.waiters -= 1;
+        if pull.waiters == 0 {
+            // Whoever asks from now on starts anew: this one is about to end.
+            pull.cancel.cancel();
+            state.pulls.remove(&self.key);
+        }
+    }
+}
+
+/// Joins the pull of this reference with these credentials, or starts it.
+pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
+    let reference: Reference = request.reference.parse()?;
+    let key = (reference.to_string(), request.credentials);
+    let (outcome, _waiter) = {
+        let mut state = inner.pulls.lock();
+        state.serial += 1;
+        let serial = state.serial;
+        let pull = state.pulls.entry(key.clone()).or_insert_with(|| {
+            let cancel = Cancel::default();
+            let task = run(inner.clone(), reference, key.clone(), serial, cancel.clone());
+            let task = tokio::spawn(task);
+            let ended = Error::Worker { what: "image pull" };
+            let outcome = task.map(|done| done.unwrap_or(Err(Arc::new(ended))));
+            Joinable {
+                outcome: outcome.boxed().shared(),
+                cancel,
+                waiters: 0,
+                serial,
+            }
+        });
+        pull.waiters += 1;
+        let waiter = Waiter {
+            inner: inner.clone(),
+            serial: pull.serial,
+            key,
+        };
+        (pull.outcome.clone(), waiter)
+    };
+    outcome.await.map_err(Error::Joined)
+}
+
+/// A task of its own: callers come and go.
+async fn run(
+    inner: Arc<Inner>,
+    reference: Reference,
+    key: Key,
+    serial: u64,
+    cancel: Cancel,
+) -> Outcome {
+    // Taken out of the map also if the pull panics.
+    struct Leave(Arc<Inner>, Key, u64);
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            self.0.pulls.forget(&self.1, self.2);
+        }
+    }
+    let leave = Leave(inner.clone(), key, serial);
+    let result = pull::pull(&inner, &reference, &leave.1.1, &cancel).await;
+    if let Err(error) = &result
+        && cancel.is_cancelled()
+    {
+        tracing::debug!(%reference, %error, "pull has ended early");
+    }
+    result.map_err(Arc::new)
+}
