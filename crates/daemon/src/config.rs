@@ -111,6 +111,38 @@ pub struct Images {
     /// Names (globs) of images that are never collected.
     pub pinned: Vec<String>,
     pub snapshotter: SnapshotterName,
+    /// Layers of one image that are fetched and unpacked at once.
+    pub layers_at_once: usize,
+    /// Transfers of all pulls together on which bytes move at once.
+    pub parallel_downloads: usize,
+    /// Layers of all pulls together that are unpacked at once; 0: as many as there are CPUs.
+    pub parallel_unpacks: usize,
+    /// What all pulls together may take from the network; 0: no limit.
+    pub bandwidth_bytes_per_second: u64,
+    /// A transfer on which nothing comes for so long is given up or resumed.
+    pub progress_timeout_seconds: u64,
+    /// A `config.json` of docker's with credentials; empty: none.
+    pub docker_config: PathBuf,
+    /// Directory with `docker-credential-*` programs; empty: PATH.
+    pub credential_helper_dir: PathBuf,
+    /// Credentials for pulls that bring none, by `host[:port]`.
+    pub credentials: BTreeMap<String, Credentials>,
+}
+
+/// The credentials of one registry host. Secrets are in files of their own, so that a
+/// configuration can be shown. Either `helper`, or one of the files; `password_file` goes with
+/// `username`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Credentials {
+    pub username: String,
+    pub password_file: PathBuf,
+    /// OAuth2 refresh token.
+    pub identity_token_file: PathBuf,
+    /// Bearer token.
+    pub registry_token_file: PathBuf,
+    /// `ecr-login` is the program `docker-credential-ecr-login`.
+    pub helper: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -234,6 +266,14 @@ impl Default for Images {
             registry_config: "/etc/gantry/certs.d".into(),
             pinned: Vec::new(),
             snapshotter: SnapshotterName::default(),
+            layers_at_once: 3,
+            parallel_downloads: 12,
+            parallel_unpacks: 0,
+            bandwidth_bytes_per_second: 0,
+            progress_timeout_seconds: 60,
+            docker_config: PathBuf::new(),
+            credential_helper_dir: PathBuf::new(),
+            credentials: BTreeMap::new(),
         }
     }
 }
@@ -363,6 +403,7 @@ impl Config {
                 reason,
             })?;
         }
+        self.images.check()?;
         self.streaming.check()?;
         if !self.runtime.default.is_empty()
             && !self.runtime.handlers.is_empty()
@@ -372,6 +413,79 @@ impl Config {
                 key: "runtime.default",
                 reason: format!("no handler {:?} is configured", self.runtime.default),
             });
+        }
+        Ok(())
+    }
+}
+
+impl Images {
+    fn check(&self) -> Result<(), Error> {
+        let counts: [(&'static str, usize, usize); 3] = [
+            ("images.layers_at_once", self.layers_at_once, 1),
+            ("images.parallel_downloads", self.parallel_downloads, 1),
+            ("images.parallel_unpacks", self.parallel_unpacks, 0),
+        ];
+        for (key, count, least) in counts {
+            if !(least..=1000).contains(&count) {
+                let reason = format!("{count} is not from {least} to 1000");
+                return Err(Error::Invalid { key, reason });
+            }
+        }
+        if !(1..=LONGEST).contains(&self.progress_timeout_seconds) {
+            let seconds = self.progress_timeout_seconds;
+            let key = "images.progress_timeout_seconds";
+            let reason = format!("{seconds} is not from 1 to {LONGEST}");
+            return Err(Error::Invalid { key, reason });
+        }
+        let dirs: [(&'static str, &Path); 2] = [
+            ("images.docker_config", &self.docker_config),
+            ("images.credential_helper_dir", &self.credential_helper_dir),
+        ];
+        for (key, path) in dirs {
+            if !path.as_os_str().is_empty() && !path.is_absolute() {
+                let reason = format!("{} is not an absolute path", path.display());
+                return Err(Error::Invalid { key, reason });
+            }
+        }
+        for (host, credentials) in &self.credentials {
+            credentials.check().map_err(|reason| Error::Invalid {
+                key: "images.credentials",
+                reason: format!("{host:?}: {reason}"),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Credentials {
+    fn check(&self) -> Result<(), String> {
+        let files = [
+            &self.password_file,
+            &self.identity_token_file,
+            &self.registry_token_file,
+        ];
+        let given: Vec<_> = files
+            .into_iter()
+            .filter(|path| !path.as_os_str().is_empty())
+            .collect();
+        if let Some(path) = given.iter().find(|path| !path.is_absolute()) {
+            return Err(format!("{} is not an absolute path", path.display()));
+        }
+        if given.len() + usize::from(!self.helper.is_empty()) != 1 {
+            return Err(
+                "needs exactly one of password_file, identity_token_file, registry_token_file \
+                 and helper"
+                    .to_owned(),
+            );
+        }
+        if self.username.is_empty() != self.password_file.as_os_str().is_empty() {
+            return Err("username and password_file go together".to_owned());
+        }
+        if !self.helper.is_empty() && !gantry_images::is_helper_name(&self.helper) {
+            return Err(format!(
+                "helper {:?} is not the end of the name of a docker-credential- program",
+                self.helper
+            ));
         }
         Ok(())
     }
@@ -481,6 +595,38 @@ mod tests {
         Config::load(Some(&dir.join("config.toml")), Overrides::default())
     }
 
+    #[test]
+    fn credentials_are_files_or_a_helper() {
+        let check = |text: &str| {
+            let text = format!("[images.credentials.\"r.io:5000\"]\n{text}");
+            toml::from_str::<Config>(&text).unwrap().check()
+        };
+        for good in [
+            "username = 'u'\npassword_file = '/p'",
+            "identity_token_file = '/p'",
+            "registry_token_file = '/p'",
+            "helper = 'ecr-login'",
+        ] {
+            assert!(check(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "username = 'u'",
+            "password_file = '/p'",
+            "username = 'u'\npassword_file = 'p'",
+            "helper = '../x'",
+            "helper = 'x'\nregistry_token_file = '/p'",
+        ] {
+            let error = check(bad).unwrap_err().to_string();
+            assert!(
+                error.contains("images.credentials") && error.contains("r.io:5000"),
+                "{bad}: {error}"
+            );
+        }
+        let password = "[images.credentials.\"r.io\"]\npassword = 'secret'";
+        assert!(toml::from_str::<Config>(password).is_err());
+    }
+
     /// Every line of the example that is a key or a table, without its comment sign, says what
     /// holds without it, and no key is left out there or in the table of keys.
     #[test]
@@ -499,6 +645,8 @@ mod tests {
         for table in [&mut shown, &mut default] {
             let runtime = table.get_mut("runtime").unwrap().as_table_mut().unwrap();
             runtime.remove("handlers");
+            let images = table.get_mut("images").unwrap().as_table_mut().unwrap();
+            images.remove("credentials");
         }
         assert_eq!(shown, default);
         let table = fs::read_to_string(repository.join("docs/configuration.md")).unwrap();

@@ -1,5 +1,6 @@
 //! Wiring: configuration in, a serving daemon out, ended by a signal.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -177,14 +178,7 @@ async fn open_images(
     store: &Arc<Store>,
     snapshotter: &Arc<dyn Snapshotter>,
 ) -> Result<Images> {
-    let options = gantry_images::Options {
-        registry: gantry_images::registry::Settings {
-            certs_d: Some(config.images.registry_config.clone()),
-            ..Default::default()
-        },
-        pinned: config.images.pinned.clone(),
-        ..Default::default()
-    };
+    let options = image_options(&config.images);
     let (root, store, snapshotter) = (
         config.root.clone(),
         Arc::clone(store),
@@ -196,6 +190,41 @@ async fn open_images(
     })
     .await?;
     images.context("open image store")
+}
+
+fn image_options(config: &crate::config::Images) -> gantry_images::Options {
+    let path = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
+    let hosts = config.credentials.iter().map(|(host, given)| {
+        let credentials = gantry_images::HostCredentials {
+            username: given.username.clone(),
+            password_file: path(&given.password_file),
+            identity_token_file: path(&given.identity_token_file),
+            registry_token_file: path(&given.registry_token_file),
+            helper: (!given.helper.is_empty()).then(|| given.helper.clone()),
+        };
+        (host.clone(), credentials)
+    });
+    let mut options = gantry_images::Options {
+        registry: gantry_images::registry::Settings {
+            certs_d: Some(config.registry_config.clone()),
+            keychain: gantry_images::Keychain {
+                hosts: hosts.collect(),
+                docker_config: path(&config.docker_config),
+                helper_dir: path(&config.credential_helper_dir),
+            },
+            progress_timeout: Duration::from_secs(config.progress_timeout_seconds),
+            ..Default::default()
+        },
+        pinned: config.pinned.clone(),
+        layers_at_once: config.layers_at_once,
+        parallel_downloads: config.parallel_downloads,
+        bandwidth: NonZeroU64::new(config.bandwidth_bytes_per_second),
+        ..Default::default()
+    };
+    if config.parallel_unpacks > 0 {
+        options.parallel_unpacks = config.parallel_unpacks;
+    }
+    options
 }
 
 /// Under the systemd driver: who is asked for scopes.

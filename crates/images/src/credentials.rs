@@ -71,7 +71,7 @@ impl Credentials {
 }
 
 /// Docker Hub has one name in references, another for its API and a third in old configurations.
-fn canonical(host: &str) -> String {
+pub(crate) fn canonical(host: &str) -> String {
     let host = host.to_ascii_lowercase();
     match host.strip_suffix(":443").unwrap_or(&host) {
         "registry-1.docker.io" | "index.docker.io" => "docker.io".to_owned(),

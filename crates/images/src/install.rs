@@ -196,10 +196,9 @@ fn follow_up<T>(partial: &Partial, follow: Follow<'_>, value: Result<T>) -> Foll
         value => match follow.verify() {
             Ok(true) => Followed::Whole(value),
             Ok(false) => Followed::Other,
-            Err(source) => Followed::Ended(Error::io(
-                format_args!("blob {}", partial.digest),
-                source,
-            )),
+            Err(source) => {
+                Followed::Ended(Error::io(format_args!("blob {}", partial.digest), source))
+            }
         },
     }
 }

@@ -45,7 +45,11 @@ impl Pulls {
     /// Takes a pull out that has ended or that nobody may join any more.
     fn forget(&self, key: &Key, serial: u64) {
         let mut state = self.lock();
-        if state.pulls.get(key).is_some_and(|pull| pull.serial == serial) {
+        if state
+            .pulls
+            .get(key)
+            .is_some_and(|pull| pull.serial == serial)
+        {
             state.pulls.remove(key);
         }
     }
@@ -86,7 +90,13 @@ pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
         let serial = state.serial;
         let pull = state.pulls.entry(key.clone()).or_insert_with(|| {
             let cancel = Cancel::default();
-            let task = run(inner.clone(), reference, key.clone(), serial, cancel.clone());
+            let task = run(
+                inner.clone(),
+                reference,
+                key.clone(),
+                serial,
+                cancel.clone(),
+            );
             let task = tokio::spawn(task);
             let ended = Error::Worker { what: "image pull" };
             let outcome = task.map(|done| done.unwrap_or(Err(Arc::new(ended))));

@@ -333,7 +333,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let partial = partial(dir.path(), b"0123456789");
         partial.write_at(3, &["345".into()]).unwrap();
-        partial.write_at(0, &["01xxxx".into(), "6789".into()]).unwrap();
+        partial
+            .write_at(0, &["01xxxx".into(), "6789".into()])
+            .unwrap();
         assert_eq!(std::fs::read(partial.path()).unwrap(), b"01x3456789");
         assert!(!Follow::new(&partial, None).verify().unwrap());
     }
@@ -364,10 +366,7 @@ mod tests {
         let again = partial(dir.path(), &content);
         assert!(again.resumed);
         assert_eq!(again.missing(0..1 << 20), Some(64 << 10..512 << 10));
-        assert_eq!(
-            again.missing(512 << 10..1 << 20),
-            Some(704 << 10..1 << 20)
-        );
+        assert_eq!(again.missing(512 << 10..1 << 20), Some(704 << 10..1 << 20));
         while let Some(gap) = again.missing(0..1 << 20) {
             write(
                 &again,

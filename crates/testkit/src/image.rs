@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 
-use gantry_types::Digest;
+pub use gantry_types::Digest;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -366,6 +366,14 @@ impl ImageBuilder {
     #[must_use]
     pub fn tar(mut self, tar: Vec<u8>, compression: Compression) -> Self {
         self.layers.push((tar, compression));
+        self
+    }
+
+    /// A layer that is packed already; layers given so come below all others.
+    #[must_use]
+    pub fn packed(mut self, diff_id: Digest, compression: Compression, data: Vec<u8>) -> Self {
+        let blob = Blob::new(compression.media_type(self.types), data);
+        self.base.push((diff_id, compression, blob));
         self
     }
 

@@ -71,6 +71,14 @@ pub struct Behaviour {
     pub wrong_digest_header: bool,
     /// A request for a range is answered with all of it.
     pub ignore_range: bool,
+    /// So are requests for a range after the first so many.
+    pub ranges_honoured: Option<u32>,
+    /// Content-Range says this instead of what comes.
+    pub content_range: Option<String>,
+    /// Blob answers say so many bytes more than they have (or fewer).
+    pub wrong_length: i64,
+    /// Blob bodies come in pieces of so many bytes with a pause between them.
+    pub trickle: Option<(usize, Duration)>,
     /// Requests for blobs are sent to this base URL; the path is kept.
     pub redirect: Option<String>,
     /// Body of `/token` instead of a token.
@@ -469,18 +477,30 @@ fn blob(state: &mut State, seen: &Seen, repository: &str, digest: &str) -> Respo
         data = changed.into();
     }
     let total = data.len();
-    let range = seen
-        .range
-        .as_deref()
-        .and_then(|range| range.strip_prefix("bytes="));
-    let from = range.and_then(|range| range.trim_end_matches('-').parse::<usize>().ok());
-    let from = from.filter(|_| !state.behaviour.ignore_range);
-    if from.is_some_and(|from| from >= total) {
+    let behaviour = &mut state.behaviour;
+    let mut range = seen.range.as_deref().and_then(|range| {
+        let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        let last = match last {
+            "" => usize::MAX,
+            last => last.parse().ok()?,
+        };
+        Some((first.parse::<usize>().ok()?, last))
+    });
+    if let (Some(_), Some(left)) = (range, &mut behaviour.ranges_honoured) {
+        match left.checked_sub(1) {
+            Some(less) => *left = less,
+            None => range = None,
+        }
+    }
+    let range = range.filter(|_| !behaviour.ignore_range);
+    if range.is_some_and(|(from, _)| from >= total) {
         return status(StatusCode::RANGE_NOT_SATISFIABLE, "");
     }
-    let data = data.slice(from.unwrap_or(0)..);
+    let data = match range {
+        Some((from, last)) => data.slice(from..last.saturating_add(1).min(total)),
+        None => data,
+    };
     let length = data.len();
-    let behaviour = &mut state.behaviour;
     let body = match (&mut behaviour.cut_after, &mut behaviour.stall_after) {
         (Some((after, times)), _) if *times > 0 => {
             *times -= 1;
@@ -490,18 +510,43 @@ fn blob(state: &mut State, seen: &Seen, repository: &str, digest: &str) -> Respo
             *times -= 1;
             pieces(data.slice(..(*after).min(length)), true)
         }
-        _ => full(data),
+        _ => match behaviour.trickle {
+            Some((piece, pause)) => trickle(data, piece, pause),
+            // A body of known length would be set right.
+            None if behaviour.wrong_length != 0 => trickle(data, 1 << 20, Duration::ZERO),
+            None => full(data),
+        },
     };
     let mut response = Response::new(body);
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_LENGTH, length.into());
-    if let Some(from) = from {
-        if let Ok(value) = format!("bytes {from}-{}/{total}", total - 1).parse() {
+    // A body that is not as long as it says ends the connection: hyper holds to it.
+    let said = u64::try_from(length).unwrap_or(0);
+    headers.insert(
+        header::CONTENT_LENGTH,
+        said.saturating_add_signed(behaviour.wrong_length).into(),
+    );
+    if let Some((from, _)) = range {
+        let said = format!("bytes {from}-{}/{total}", from + length.saturating_sub(1));
+        let said = behaviour.content_range.clone().unwrap_or(said);
+        if let Ok(value) = said.parse() {
             headers.insert(header::CONTENT_RANGE, value);
         }
         *response.status_mut() = StatusCode::PARTIAL_CONTENT;
     }
     response
+}
+
+/// A body that comes slowly.
+fn trickle(data: Bytes, piece: usize, pause: Duration) -> Body {
+    let stream = futures::stream::unfold(data, move |mut data| async move {
+        if data.is_empty() {
+            return None;
+        }
+        tokio::time::sleep(pause).await;
+        let piece = data.split_to(piece.min(data.len()));
+        Some((Ok(Frame::data(piece)), data))
+    });
+    StreamBody::new(stream).boxed_unsync()
 }
 
 /// A body that gives `data` and then breaks, or hangs.

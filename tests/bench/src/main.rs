@@ -10,6 +10,7 @@ mod memory;
 mod node;
 mod pods;
 mod process;
+mod pull;
 mod stats;
 mod streaming;
 
@@ -39,6 +40,8 @@ enum Mode {
     Idle(#[command(flatten)] idle::Options),
     /// Time of an exec, and bytes a second through exec and port-forward
     Streaming(#[command(flatten)] streaming::Options),
+    /// Pull images from a registry on the loopback: time, CPU time and peak memory
+    Pull(#[command(flatten)] pull::Options),
 }
 
 #[derive(Args)]
@@ -95,6 +98,7 @@ fn main() -> Result<()> {
             Mode::Logs(options) => logs::run(options).await,
             Mode::Idle(options) => idle::run(options).await,
             Mode::Streaming(options) => streaming::run(options).await,
+            Mode::Pull(options) => pull::run(options).await,
         }
     })
 }

@@ -237,7 +237,8 @@ impl Session {
             let comes = place(&answer, range.as_ref(), partial.size)
                 .map_err(|reason| Failure::Broken(format!("{}: {reason}", endpoint.name)))?;
             if answer.status() == StatusCode::PARTIAL_CONTENT {
-                work.honoured.send_if_modified(|known| known.replace(true).is_none());
+                work.honoured
+                    .send_if_modified(|known| known.replace(true).is_none());
             } else if *work.honoured.borrow() == Some(true) {
                 // Other transfers are at it: this one would write what is theirs.
                 work.stop.store(true, Ordering::Relaxed);

@@ -7,12 +7,13 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue,
 use reqwest::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OnceCell};
 
 use super::Settings;
 use super::challenge::{self, Challenge};
 use super::hosts::{Host, url_host};
 use crate::credentials::Credentials;
+use crate::keychain::Keychain;
 use crate::reference::Reference;
 
 const REDIRECTS_MAX: usize = 10;
@@ -46,8 +47,11 @@ pub struct Endpoint {
     /// `host[:port]`.
     pub name: String,
     client: reqwest::Client,
-    /// Only if they are for this host.
-    credentials: Option<Credentials>,
+    /// Those of the request, only if they are for this host.
+    given: Option<Credentials>,
+    /// Those of the node.
+    keychain: Keychain,
+    found: OnceCell<Option<Credentials>>,
     /// `Authorization` that was accepted last.
     authorization: Mutex<Option<HeaderValue>>,
 }
@@ -79,13 +83,16 @@ impl Endpoint {
         host: Host,
         name: String,
         client: reqwest::Client,
-        credentials: Option<Credentials>,
+        given: Option<Credentials>,
+        keychain: Keychain,
     ) -> Self {
         Self {
             host,
             name,
             client,
-            credentials,
+            given,
+            keychain,
+            found: OnceCell::new(),
             authorization: Mutex::new(None),
         }
     }
@@ -174,12 +181,36 @@ impl Endpoint {
 
     /// A bearer token that CRI brought needs no challenge.
     fn ready_made(&self) -> Option<HeaderValue> {
-        let token = &self.credentials.as_ref()?.registry_token;
+        let token = &self.given.as_ref()?.registry_token;
         if token.is_empty() {
             None
         } else {
             bearer(token)
         }
+    }
+
+    /// What there is to answer a challenge of this host with: what the request brought, else what
+    /// the node has, which is looked for once.
+    async fn credentials(&self, reference: &Reference) -> Outcome<Option<&Credentials>> {
+        if self.given.is_some() {
+            return Ok(self.given.as_ref());
+        }
+        let look = async || {
+            let own = self.keychain.find(&self.name, reference).await?;
+            // The configured server is the registry, whatever it is called; a mirror is not.
+            match own {
+                None if self.host.is_server => {
+                    self.keychain.find(reference.host(), reference).await
+                }
+                own => Ok(own),
+            }
+        };
+        let found = self.found.get_or_try_init(look).await;
+        let found = found.map_err(|error: crate::Error| {
+            // Another host may do without.
+            Failure::Broken(format!("{}: {error}", self.name))
+        })?;
+        Ok(found.as_ref())
     }
 
     /// Sends and follows redirects. Also says whether the answer is of the host itself, whose
@@ -302,7 +333,11 @@ impl Endpoint {
         challenges: &[Challenge],
         settings: &Settings,
     ) -> Outcome<Option<HeaderValue>> {
-        let basic = self.credentials.as_ref().and_then(Credentials::basic);
+        let credentials = match challenges {
+            [] => None,
+            _ => self.credentials(reference).await?,
+        };
+        let basic = credentials.and_then(Credentials::basic);
         for challenge in challenges {
             match challenge {
                 Challenge::Bearer {
@@ -310,8 +345,13 @@ impl Endpoint {
                     service,
                     scope,
                 } => {
+                    if let Some(ready) = credentials.map(|c| &c.registry_token)
+                        && !ready.is_empty()
+                    {
+                        return Ok(bearer(ready));
+                    }
                     let token = self
-                        .token(reference, (realm, service, scope), settings)
+                        .token(reference, (realm, service, scope), credentials, settings)
                         .await?;
                     return Ok(bearer(&token));
                 }
@@ -329,6 +369,7 @@ impl Endpoint {
         &self,
         reference: &Reference,
         (realm, service, scope): (&str, &str, &str),
+        credentials: Option<&Credentials>,
         settings: &Settings,
     ) -> Outcome<String> {
         let broken = |what: &str| Failure::Broken(format!("{}: token realm: {what}", self.name));
@@ -345,7 +386,7 @@ impl Endpoint {
         } else {
             scope
         };
-        let identity = self.credentials.as_ref().map(|c| c.identity_token.as_str());
+        let identity = credentials.map(|c| c.identity_token.as_str());
         let request = match identity.filter(|token| !token.is_empty()) {
             Some(token) => {
                 // The serializer that writes a query writes a form as well.
@@ -372,7 +413,7 @@ impl Endpoint {
                     query.append_pair("scope", scope);
                 }
                 let request = self.client.get(url.clone());
-                match self.credentials.as_ref().and_then(Credentials::basic) {
+                match credentials.and_then(Credentials::basic) {
                     Some((user, password)) => request.basic_auth(user, Some(password)),
                     None => request,
                 }

@@ -16,6 +16,7 @@ use crate::Result;
 use crate::budget::Budget;
 use crate::cancel::Cancel;
 use crate::credentials::Credentials;
+use crate::keychain::Keychain;
 use crate::reference::Reference;
 
 pub use download::Followed;
@@ -26,6 +27,8 @@ pub use session::{Served, Session};
 pub struct Settings {
     /// Directory of `<host>/hosts.toml` directories.
     pub certs_d: Option<PathBuf>,
+    /// For hosts that ask for credentials when the request brings none.
+    pub keychain: Keychain,
     /// Time to connect, TLS included; a host's `dial_timeout` goes before it.
     pub dial_timeout: Duration,
     /// Time from a request to the headers of its answer.
@@ -49,6 +52,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             certs_d: None,
+            keychain: Keychain::default(),
             dial_timeout: Duration::from_secs(30),
             header_timeout: Duration::from_secs(60),
             progress_timeout: Duration::from_secs(60),
@@ -124,7 +128,9 @@ impl Client {
             let own = credentials.are_for(&name, reference.host())
                 || host.is_server && credentials.are_for(reference.host(), reference.host());
             let credentials = (own && !credentials.is_empty()).then(|| credentials.clone());
-            endpoints.push(exchange::Endpoint::new(host, name, client, credentials));
+            let keychain = self.settings.keychain.clone();
+            let endpoint = exchange::Endpoint::new(host, name, client, credentials, keychain);
+            endpoints.push(endpoint);
         }
         Ok(Session::new(
             reference.clone(),

@@ -261,8 +261,7 @@ async fn identical_pulls_are_one_and_outlive_their_callers() {
     let name = format!("{}/a:v1", registry.host());
     // The first caller leaves soon; the others get what it asked for.
     let left = tokio::time::timeout(Duration::from_millis(20), node.pull(&name));
-    let (left, a, b, c) =
-        tokio::join!(left, node.pull(&name), node.pull(&name), node.pull(&name));
+    let (left, a, b, c) = tokio::join!(left, node.pull(&name), node.pull(&name), node.pull(&name));
     assert!(left.is_err());
     for id in [a, b, c] {
         assert_eq!(id.unwrap(), made.id());

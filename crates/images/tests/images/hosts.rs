@@ -448,3 +448,150 @@ async fn a_broken_hosts_file_is_named() {
     );
     assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
 }
+
+/// A node with credentials of its own; `fill` writes files into the directory.
+fn node_with_keychain(
+    fill: impl FnOnce(&std::path::Path) -> gantry_images::Keychain,
+) -> (Node, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = options();
+    options.registry.keychain = fill(dir.path());
+    (Node::with(options), dir)
+}
+
+fn write_helper(dir: &std::path::Path, script: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    let path = dir.join("docker-credential-test");
+    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[tokio::test]
+async fn the_node_has_credentials_of_its_own() {
+    use gantry_images::{HostCredentials, Keychain};
+    if not_root("the_node_has_credentials_of_its_own") {
+        return;
+    }
+    let registry = Registry::start().await.unwrap();
+    let host = registry.host();
+    let helper = r#"read -r s; echo "{\"ServerURL\": \"$s\", \"Username\": \"user\", \"Secret\": \"secret\"}""#;
+    let file = |dir: &std::path::Path| {
+        std::fs::write(dir.join("password"), "secret\n").unwrap();
+        let own = HostCredentials {
+            username: "user".into(),
+            password_file: Some(dir.join("password")),
+            ..Default::default()
+        };
+        Keychain {
+            hosts: [(host.clone(), own)].into(),
+            ..Default::default()
+        }
+    };
+    let docker = |dir: &std::path::Path, text: String| {
+        write_helper(dir, helper);
+        std::fs::write(dir.join("config.json"), text).unwrap();
+        Keychain {
+            docker_config: Some(dir.join("config.json")),
+            helper_dir: Some(dir.to_owned()),
+            ..Default::default()
+        }
+    };
+    let auths = format!(r#"{{"auths": {{"http://{host}/v2/": {{"auth": "dXNlcjpzZWNyZXQ="}}}}}}"#);
+    let helpers = format!(r#"{{"credHelpers": {{"{host}": "test"}}}}"#);
+    let store = r#"{"credsStore": "test"}"#.to_owned();
+    for auth in [basic(), bearer("user", "")] {
+        registry.behave(|b| b.auth = auth.clone());
+        let nodes = [
+            node_with_keychain(file),
+            node_with_keychain(|dir| docker(dir, auths.clone())),
+            node_with_keychain(|dir| docker(dir, helpers.clone())),
+            node_with_keychain(|dir| docker(dir, store.clone())),
+        ];
+        for (n, (node, _dir)) in nodes.iter().enumerate() {
+            let pulled = pull(node, &registry, Credentials::default()).await;
+            assert!(pulled.is_ok(), "{n}: {}", pulled.unwrap_err());
+            // What the request brings goes first, right or wrong.
+            node.remove(&format!("{host}/a:v1")).await;
+            assert!(pull(node, &registry, user("wrong")).await.is_err(), "{n}");
+        }
+    }
+    // An identity token, and a token that is ready.
+    for (auth, secret, is_identity) in [
+        (bearer("", "refresh-1"), "refresh-1", true),
+        (bearer("user", ""), "token-0", false),
+    ] {
+        registry.behave(|b| b.auth = auth);
+        let (node, _dir) = node_with_keychain(|dir| {
+            let path = dir.join("token");
+            std::fs::write(&path, secret).unwrap();
+            let mut own = HostCredentials::default();
+            if is_identity {
+                own.identity_token_file = Some(path);
+            } else {
+                own.registry_token_file = Some(path);
+            }
+            Keychain {
+                hosts: [(host.clone(), own)].into(),
+                ..Default::default()
+            }
+        });
+        pull(&node, &registry, Credentials::default())
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_nodes_credentials_are_for_their_host_alone_and_only_if_asked() {
+    use gantry_images::Keychain;
+    if not_root("the_nodes_credentials_are_for_their_host_alone_and_only_if_asked") {
+        return;
+    }
+    let registry = Registry::start().await.unwrap();
+    let asked = "echo x >>$(dirname $0)/asked; echo credentials not found; exit 1";
+    let keychain = |dir: &std::path::Path| {
+        write_helper(dir, asked);
+        let text =
+            r#"{"auths": {"other.example": {"auth": "dXNlcjpzZWNyZXQ="}}, "credsStore": "test"}"#;
+        std::fs::write(dir.join("config.json"), text).unwrap();
+        Keychain {
+            docker_config: Some(dir.join("config.json")),
+            helper_dir: Some(dir.to_owned()),
+            ..Default::default()
+        }
+    };
+    let (node, dir) = node_with_keychain(keychain);
+    pull(&node, &registry, Credentials::default())
+        .await
+        .unwrap();
+    assert!(!dir.path().join("asked").exists(), "nobody wanted any");
+    registry.behave(|b| b.auth = basic());
+    let (node, dir) = node_with_keychain(keychain);
+    let error = pull(&node, &registry, Credentials::default())
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+    let times = std::fs::read_to_string(dir.path().join("asked")).unwrap();
+    assert_eq!(
+        times, "x\nx\n",
+        "once by the host's name, once by the registry's"
+    );
+    assert!(
+        registry
+            .seen()
+            .iter()
+            .all(|seen| seen.authorization.is_none())
+    );
+
+    // A helper that fails is named, with nothing of what it wrote.
+    let (node, dir) = node_with_keychain(keychain);
+    write_helper(dir.path(), "echo hunter2; exit 7");
+    let error = pull(&node, &registry, Credentials::default())
+        .await
+        .unwrap_err();
+    let text = format!("{error} {error:?}");
+    assert!(
+        text.contains("docker-credential-test") && !text.contains("hunter2"),
+        "{text}"
+    );
+}

@@ -6,3 +6,4 @@ mod hosts;
 mod native;
 mod node;
 mod pull;
+mod transfer;

@@ -71,6 +71,12 @@ impl Node {
             snapshotter,
         } = self;
         drop((images, snapshotter));
+        // A pull that was given up may still be on its way out, and have the store open.
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while let Err(error) = Store::open(&dir.path().join("store")).map(drop) {
+            assert!(std::time::Instant::now() < deadline, "{error}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
         between(dir.path());
         let (images, snapshotter) = open(dir.path(), options()).unwrap();
         Self {
