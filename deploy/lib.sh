@@ -226,6 +226,19 @@ find_new_runc() {
     go_tool runc-new "$REPO/tests/conformance/runc" build -tags seccomp github.com/opencontainers/runc
 }
 
+# Prints the path of Debian's docker-registry, unpacked below the target directory: installed, its
+# package would run it as a service. Fails where the package cannot be had.
+find_docker_registry() {
+    local dir=$CARGO_TARGET_DIR/tools/docker-registry
+    if [ ! -x "$dir/usr/bin/docker-registry" ]; then
+        is_debian || return 1
+        rm -rf "$dir" && mkdir -p "$dir" || return 1
+        (cd "$dir" && { apt-get download -qq docker-registry || { apt-get update -qq && apt-get download -qq docker-registry; }; } &&
+            dpkg-deb -x docker-registry_*.deb .) >/dev/null 2>&1 || return 1
+    fi
+    echo "$dir/usr/bin/docker-registry"
+}
+
 # Prints the path of crictl: $CRICTL, the pinned one that was built here before, one built now if
 # there is Go or Go can be fetched, or the one in PATH. Fails if there is none.
 find_crictl() {

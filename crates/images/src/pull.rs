@@ -47,6 +47,27 @@ pub async fn pull(
     credentials: &Credentials,
     cancel: &Cancel,
 ) -> Result<String> {
+    let mut fresh = Vec::new();
+    let pulled = pull_image(inner, reference, credentials, cancel, &mut fresh).await;
+    if let Err(error) = &pulled
+        && error.kind() == ErrorKind::ResourceExhausted
+    {
+        let work = inner.clone();
+        let dropped = blocking("blob removal", move || work.drop_blobs(&fresh)).await;
+        if let Err(error) = dropped {
+            tracing::warn!(%error, "blobs of a failed pull stay until collection");
+        }
+    }
+    pulled
+}
+
+async fn pull_image(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    credentials: &Credentials,
+    cancel: &Cancel,
+    fresh: &mut Vec<Digest>,
+) -> Result<String> {
     let work = (inner.clone(), reference.clone(), credentials.clone());
     let ended = cancel.clone();
     let session = blocking("registry session", move || {
@@ -62,29 +83,14 @@ pub async fn pull(
         lease: inner.leases.lease(),
         documents: 0,
         visited: Vec::new(),
-        fresh: Vec::new(),
+        fresh,
     };
     let top = walk.top(reference).await?;
     failpoint::at("pull::after-resolve")?;
     let named = reference.with_digest(&top.digest);
     let manifest = walk.manifest(top).await?;
-    let Walk {
-        lease, mut fresh, ..
-    } = walk;
-    let installed = install::install(inner, Some(session), &manifest, lease, &mut fresh).await;
-    let lease = match installed {
-        Ok(lease) => lease,
-        Err(error) => {
-            if error.kind() == ErrorKind::ResourceExhausted {
-                let work = inner.clone();
-                let dropped = blocking("blob removal", move || work.drop_blobs(&fresh)).await;
-                if let Err(error) = dropped {
-                    tracing::warn!(%error, "blobs of a failed pull stay until collection");
-                }
-            }
-            return Err(error);
-        }
-    };
+    let Walk { lease, .. } = walk;
+    let lease = install::install(inner, Some(session), &manifest, lease, fresh).await?;
     let tags = reference.tagged().into_iter().collect();
     failpoint::at("pull::before-record")?;
     let image = inner.admit(manifest, tags, vec![named]).await?;
@@ -100,7 +106,7 @@ struct Walk<'a> {
     documents: usize,
     visited: Vec<Digest>,
     /// Blobs that were not here before.
-    fresh: Vec<Digest>,
+    fresh: &'a mut Vec<Digest>,
 }
 
 impl Walk<'_> {
@@ -144,14 +150,15 @@ impl Walk<'_> {
         // Two pulls may have it at once.
         let lock = self.inner.blob_locks.of(&served.digest);
         let _lock = lock.lock().await;
-        let new = blocking("blob write", move || {
+        let kept = blocking("blob write", move || {
             let new = content.size(&digest)?.is_none();
-            content.keep(&digest, &bytes).map(|()| new)
+            Ok((new, content.keep(&digest, &bytes)))
         });
-        if new.await? {
+        let (new, kept) = kept.await?;
+        if new {
             self.fresh.push(served.digest.clone());
         }
-        Ok(parsed)
+        kept.map(|()| parsed)
     }
 
     /// Digest of the manifest to use.
@@ -250,7 +257,7 @@ impl Walk<'_> {
     /// Whether the image of this configuration says it runs here.
     async fn runs(&mut self, config: &Descriptor) -> Result<bool> {
         self.lease.hold([&config.digest]);
-        install::fetch(self.inner, Some(self.session), config, &mut self.fresh).await?;
+        install::fetch(self.inner, Some(self.session), config, self.fresh).await?;
         let bytes = self.local(&config.digest).await?.unwrap_or_default();
         let parsed = document::parse_config(&config.digest, &bytes)?;
         Ok(self.inner.options.platforms.runs(&parsed.image.platform))

@@ -3,6 +3,7 @@
 pub mod cni_plugin;
 pub mod cri;
 pub mod daemon;
+pub mod docker_registry;
 pub mod fake_shim;
 pub mod faults;
 pub mod image;

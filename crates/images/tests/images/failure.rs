@@ -356,6 +356,14 @@ impl SmallDisk {
     }
 }
 
+impl SmallDisk {
+    fn resize(&self, bytes: u64) {
+        use rustix::mount::{MountFlags, mount_remount};
+        let options = format!("size={bytes}");
+        mount_remount(self.dir.path(), MountFlags::empty(), options.as_str()).unwrap();
+    }
+}
+
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         use rustix::mount::{UnmountFlags, unmount};
@@ -409,6 +417,73 @@ async fn a_full_disk_fails_the_pull_and_gets_its_space_back() {
         .unwrap();
     assert!(images.list().is_empty() && snapshotter.layers().unwrap().is_empty());
     drop((images, snapshotter, file));
+}
+
+/// Disks of all sizes from one on which nothing fits to one on which the image does: somewhere in
+/// between every stage of a pull runs out of space. With more space the next pull completes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_at_any_moment() {
+    if not_root("a_disk_that_fills_up_at_any_moment") {
+        return;
+    }
+    let registry = Registry::start().await.unwrap();
+    let noise: Vec<u8> = (0..300_000_u32)
+        .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
+        .collect();
+    let files = (0..40).fold(Layer::new(), |layer, n| {
+        layer.file(&format!("d/{n}"), &noise[n * 4096..n * 4096 + 9000])
+    });
+    let made = ImageBuilder::new()
+        .layer(Layer::new().file("noise", &noise), Compression::Gzip)
+        .layer(files, Compression::Zstd)
+        .layer(
+            Layer::new().file("zeros", &vec![0; 1 << 20]),
+            Compression::Gzip,
+        )
+        .build();
+    registry.add("a", "v1", &made);
+    let name = format!("{}/a:v1", registry.host());
+    let (mut failed, mut done) = (0, 0);
+    for step in 0..28_u64 {
+        let disk = SmallDisk::new((256 << 10) * (step + 3));
+        // The records are elsewhere: whether sled can be opened is not what is asked.
+        let store = tempfile::tempdir().unwrap();
+        let opened = crate::node::open_with_store(disk.dir.path(), store.path(), options());
+        let (images, snapshotter) = opened.unwrap();
+        match images.pull(request(&name)).await {
+            Ok(_) => done += 1,
+            Err(error) => {
+                failed += 1;
+                assert_eq!(
+                    error.kind(),
+                    ErrorKind::ResourceExhausted,
+                    "{step}: {error}"
+                );
+                assert!(images.list().is_empty());
+                let left = |dir: &str| {
+                    std::fs::read_dir(disk.dir.path().join(dir))
+                        .unwrap()
+                        .count()
+                };
+                assert_eq!(
+                    (
+                        left("overlayfs/stages"),
+                        left("overlayfs/trash"),
+                        left("content/ingest")
+                    ),
+                    (0, 0, 0),
+                    "{step}"
+                );
+                disk.resize(64 << 20);
+                images.pull(request(&name)).await.unwrap();
+            }
+        }
+        let image = images.status(&name).unwrap().unwrap();
+        let layer = snapshotter.layer_dir(&image.layers[0]).unwrap();
+        assert_eq!(std::fs::read(layer.join("noise")).unwrap(), noise, "{step}");
+        drop((images, snapshotter));
+    }
+    assert!(failed > 4 && done > 1, "{failed} failed, {done} did not");
 }
 
 #[tokio::test]

@@ -595,3 +595,63 @@ async fn the_nodes_credentials_are_for_their_host_alone_and_only_if_asked() {
         "{text}"
     );
 }
+
+#[tokio::test]
+async fn a_real_registry_with_tls_and_passwords() {
+    use gantry_testkit::docker_registry::{DockerRegistry, PASSWORD, USER, program};
+    const NAME: &str = "a_real_registry_with_tls_and_passwords";
+    if not_root(NAME) {
+        return;
+    }
+    let Some(program) = program() else {
+        println!("SKIP {NAME}: no docker-registry in PATH, and DOCKER_REGISTRY is not set");
+        return;
+    };
+    let registry = DockerRegistry::start(&program).unwrap();
+    let made = image("one");
+    registry.add("team/app", "v1", &made).unwrap();
+    registry
+        .add("team/big", "v1", &crate::transfer::big(3_000_000))
+        .unwrap();
+    let certs = tempfile::tempdir().unwrap();
+    let dir = certs.path().join(registry.host().replace(':', "_") + "_");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("ca.pem"), &registry.ca).unwrap();
+    let text = format!(
+        "server = \"https://{}\"\nca = \"ca.pem\"\n",
+        registry.host()
+    );
+    std::fs::write(dir.join("hosts.toml"), text).unwrap();
+    let mut options = options();
+    options.registry.certs_d = Some(certs.path().to_owned());
+    options.registry.range_bytes = 256 << 10;
+    options.registry.header_timeout = std::time::Duration::from_secs(30);
+    let node = Node::with(options);
+    let pull = |name: &str, password: &str| {
+        let credentials = match password {
+            "" => Credentials::default(),
+            password => Credentials {
+                username: USER.into(),
+                password: password.into(),
+                ..Default::default()
+            },
+        };
+        node.images.pull(PullRequest {
+            reference: format!("{}/{name}", registry.host()),
+            credentials,
+        })
+    };
+    for password in ["", "wrong"] {
+        let error = pull("team/app:v1", password).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().contains("401"), "{error}");
+    }
+    let error = pull("team/app:v2", PASSWORD).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    assert_eq!(pull("team/app:v1", PASSWORD).await.unwrap(), made.id());
+    let by_digest = format!("team/app@{}", made.manifest.digest);
+    assert_eq!(pull(&by_digest, PASSWORD).await.unwrap(), made.id());
+    pull("team/big:v1", PASSWORD).await.unwrap();
+    node.assert_tidy();
+    assert_eq!(node.parts(), [""; 0]);
+}

@@ -36,9 +36,17 @@ pub fn options() -> Options {
 }
 
 pub fn open(root: &Path, options: Options) -> Result<(Images, Arc<dyn Snapshotter>)> {
+    open_with_store(root, &root.join("store"), options)
+}
+
+pub fn open_with_store(
+    root: &Path,
+    store: &Path,
+    options: Options,
+) -> Result<(Images, Arc<dyn Snapshotter>)> {
     let snapshotter: Arc<dyn Snapshotter> = Arc::new(Overlayfs::open(root)?);
     snapshotter.clean()?;
-    let store = Store::open(&root.join("store"))?.store;
+    let store = Store::open(store)?.store;
     let images = Images::open(root, store, snapshotter.clone(), options)?;
     Ok((images, snapshotter))
 }

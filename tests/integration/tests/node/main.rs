@@ -15,6 +15,7 @@ mod lost;
 mod mounts;
 mod native;
 mod pods;
+mod pulls;
 mod refused;
 mod repeated;
 mod resources;
