@@ -416,11 +416,11 @@ fn commit(
         staged.unpacked.implicit.clear();
         waiting.push(staged);
     }
+    failpoint::at("pull::before-sync")?;
     for mut staged in waiting {
         let usage = staged.unpacked.usage;
         ready.extend(staged.stage.take().map(|stage| (stage, usage)));
     }
-    failpoint::at("pull::before-sync")?;
     let occupied = snapshotter.commit(ready)?;
     inner.usage().extend(occupied);
     failpoint::at("pull::after-layers")

@@ -135,10 +135,5 @@ async fn run(
     }
     let leave = Leave(inner.clone(), key, serial);
     let result = pull::pull(&inner, &reference, &leave.1.1, &cancel).await;
-    if let Err(error) = &result
-        && cancel.is_cancelled()
-    {
-        tracing::debug!(%reference, %error, "pull has ended early");
-    }
     result.map_err(Arc::new)
 }

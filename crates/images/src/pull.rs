@@ -49,8 +49,13 @@ pub async fn pull(
 ) -> Result<String> {
     let mut fresh = Vec::new();
     let pulled = pull_image(inner, reference, credentials, cancel, &mut fresh).await;
+    // What was fetched is for the next try: but a full disk is not the time to keep it, and an
+    // image that is not sound will be none then.
     if let Err(error) = &pulled
-        && error.kind() == ErrorKind::ResourceExhausted
+        && matches!(
+            error.kind(),
+            ErrorKind::ResourceExhausted | ErrorKind::InvalidArgument
+        )
     {
         let work = inner.clone();
         let dropped = blocking("blob removal", move || work.drop_blobs(&fresh)).await;

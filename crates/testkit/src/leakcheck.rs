@@ -161,9 +161,14 @@ impl Places {
         for dir in [&self.state, &self.root] {
             walk(dir, &mut files);
         }
-        // The runtimes' directories come with their first container and stay.
+        // The runtimes' directories come with their first container and stay. What a pull that
+        // failed had fetched is kept for the next one, and collected if none comes.
         let runtimes = self.state.join("runtime");
-        files.retain(|path| *path != runtimes && path.parent() != Some(&runtimes));
+        let part = |path: &Path| {
+            path.extension()
+                .is_some_and(|extension| extension == "part")
+        };
+        files.retain(|path| *path != runtimes && path.parent() != Some(&runtimes) && !part(path));
         put("file", text(files));
         if let Some(pid) = daemon {
             put("descriptor of the daemon", descriptors(pid));
