@@ -39,6 +39,9 @@ const SYSTEMD_LIMIT: Duration = Duration::from_secs(10);
 /// How long calls under way may take to end after SIGTERM. Pods are not touched.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
+/// Between two looks for what nothing refers to. A failed pull's blobs are kept for as long.
+const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
+
 /// Runs until SIGTERM or SIGINT. Pods stay as they are.
 pub async fn run(config: Config) -> Result<()> {
     gantry_sys::fs::umask(0o077);
@@ -133,7 +136,12 @@ pub async fn run(config: Config) -> Result<()> {
     );
     gate.open();
     // What a killed daemon left of removals and pulls. Nobody waits for it.
-    tokio::spawn(async move { supervisor.collect_layers().await });
+    tokio::spawn(async move {
+        loop {
+            supervisor.collect_layers().await;
+            tokio::time::sleep(COLLECTION_INTERVAL).await;
+        }
+    });
     tracing::info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::warn!(%error, "systemd was not told that we are ready");

@@ -330,7 +330,11 @@ impl Random {
                     .collect::<String>()
             });
             data.extend_from_slice(word.as_bytes());
-            data.push(if self.next() % 12 == 0 { b'\n' } else { b' ' });
+            data.push(if self.next().is_multiple_of(12) {
+                b'\n'
+            } else {
+                b' '
+            });
         }
         data.truncate(size);
         data
