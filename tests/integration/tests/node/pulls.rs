@@ -87,7 +87,7 @@ killed_in_a_pull! {
     killed_after_a_pull_has_resolved: "pull::after-resolve", "return(kill)";
     // The configuration and the manifest are written before.
     killed_in_mid_download: "pull::mid-download", "2*off->return(kill)";
-    killed_in_mid_unpack: "pull::mid-unpack", "2*off->return(kill)";
+    killed_in_mid_unpack: "pull::mid-unpack", "return(kill)";
     killed_after_a_blob: "pull::after-blob", "1*off->return(kill)";
     killed_before_layers_are_synced: "pull::before-sync", "return(kill)";
     killed_after_layers_are_committed: "pull::after-layers", "return(kill)";
