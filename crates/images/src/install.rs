@@ -391,6 +391,7 @@ fn commit(
             Some(staged) => staged,
             // The stage starts from its parent, which must be committed by now.
             None => {
+                let _turn = inner.budget.turns.take();
                 let mut staged = stage_here(inner, &layer, cancel)?;
                 let usage = staged.unpacked.usage;
                 if let Some(stage) = staged.stage.take() {

@@ -5,16 +5,15 @@ use std::sync::Arc;
 use gantry_images::Images;
 use gantry_ports::Snapshotter;
 use gantry_snapshotter_native::Native;
-use gantry_store::Store;
 use gantry_testkit::image::{Compression, Image, ImageBuilder, Layer};
 use gantry_testkit::registry::Registry;
 
-use crate::node::{not_root, nothing_in_use, options, request};
+use crate::node::{not_root, nothing_in_use, open_store, options, request};
 
 fn open(root: &std::path::Path) -> (Images, Arc<dyn Snapshotter>) {
     let snapshotter: Arc<dyn Snapshotter> = Arc::new(Native::open(root).unwrap());
     snapshotter.clean().unwrap();
-    let store = Store::open(&root.join("store")).unwrap().store;
+    let store = open_store(&root.join("store"));
     let images = Images::open(root, store, snapshotter.clone(), options()).unwrap();
     (images, snapshotter)
 }

@@ -35,6 +35,19 @@ pub fn options() -> Options {
     options
 }
 
+/// Opens the store once nobody else has it open: a pull that was given up may still be on its way
+/// out, and sled's own threads end behind it.
+pub fn open_store(path: &Path) -> Arc<Store> {
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        match Store::open(path) {
+            Ok(opened) => return opened.store,
+            Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 pub fn open(root: &Path, options: Options) -> Result<(Images, Arc<dyn Snapshotter>)> {
     open_with_store(root, &root.join("store"), options)
 }
@@ -46,7 +59,7 @@ pub fn open_with_store(
 ) -> Result<(Images, Arc<dyn Snapshotter>)> {
     let snapshotter: Arc<dyn Snapshotter> = Arc::new(Overlayfs::open(root)?);
     snapshotter.clean()?;
-    let store = Store::open(store)?.store;
+    let store = open_store(store);
     let images = Images::open(root, store, snapshotter.clone(), options)?;
     Ok((images, snapshotter))
 }
@@ -79,12 +92,6 @@ impl Node {
             snapshotter,
         } = self;
         drop((images, snapshotter));
-        // A pull that was given up may still be on its way out, and have the store open.
-        let deadline = std::time::Instant::now() + Duration::from_secs(30);
-        while let Err(error) = Store::open(&dir.path().join("store")).map(drop) {
-            assert!(std::time::Instant::now() < deadline, "{error}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
         between(dir.path());
         let (images, snapshotter) = open(dir.path(), options()).unwrap();
         Self {
