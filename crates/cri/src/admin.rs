@@ -1,11 +1,16 @@
-//! What gantryctl asks beyond CRI: images in and out.
+//! What gantryctl asks beyond CRI: images in and out, what they are, and whether they still are.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
+use std::sync::Arc;
 
 use gantry_admin_api::v1::images_server::Images as Service;
-use gantry_admin_api::v1::{ExportRequest, ExportResponse, ImportRequest, ImportResponse};
-use gantry_images::Images;
+use gantry_admin_api::v1::{
+    CollectRequest, CollectResponse, ExportRequest, ExportResponse, ImportRequest, ImportResponse,
+    InspectRequest, InspectResponse, Item, TagRequest, TagResponse, VerifyRequest, VerifyResponse,
+};
+use gantry_images::{Fate, Images, ItemKind};
+use gantry_supervisor::Supervisor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -15,13 +20,53 @@ use crate::status::{invalid, status};
 const CHUNK: usize = 256 << 10;
 
 pub struct Admin {
+    supervisor: Supervisor,
     images: Images,
 }
 
 impl Admin {
-    pub fn new(images: Images) -> Self {
-        Self { images }
+    pub fn new(supervisor: Supervisor) -> Self {
+        let images = supervisor.images().clone();
+        Self { supervisor, images }
     }
+}
+
+/// Verifies one image and, if asked, repairs it and looks again.
+async fn verify(
+    supervisor: &Supervisor,
+    name: &str,
+    repair: bool,
+) -> gantry_images::Result<VerifyResponse> {
+    let images = supervisor.images();
+    let mut verified = images.verify(name).await?;
+    let mut repaired = Vec::new();
+    if repair && !verified.faults.is_empty() {
+        let used = supervisor.clone();
+        let in_use = Arc::new(move || used.layers_in_use());
+        let remains = images.repair(&verified, in_use).await?;
+        let before = std::mem::take(&mut verified.faults);
+        let id = verified.id.clone();
+        verified = images.verify(&id).await?;
+        verified.notes.extend(remains);
+        let gone = before
+            .into_iter()
+            .filter(|old| !verified.faults.contains(old));
+        repaired.extend(gone.map(|fault| fault.reason));
+    }
+    Ok(VerifyResponse {
+        id: verified.id,
+        names: verified.names,
+        blobs: verified.blobs,
+        bytes: verified.bytes,
+        layers: verified.layers,
+        faults: verified
+            .faults
+            .into_iter()
+            .map(|fault| fault.reason)
+            .collect(),
+        notes: verified.notes,
+        repaired,
+    })
 }
 
 #[tonic::async_trait]
@@ -53,7 +98,12 @@ impl Service for Admin {
                 }
             }
         });
-        let names = self.images.import(reader, name).await.map_err(status)?;
+        let names = if first.no_unpack {
+            self.images.import_fetched(reader, name).await
+        } else {
+            self.images.import(reader, name).await
+        };
+        let names = names.map_err(status)?;
         Ok(Response::new(ImportResponse { names }))
     }
 
@@ -90,6 +140,82 @@ impl Service for Admin {
             }
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn tag(&self, request: Request<TagRequest>) -> Result<Response<TagResponse>, Status> {
+        let TagRequest { source, target } = request.into_inner();
+        let (id, name) = self.images.tag(&source, &target).await.map_err(status)?;
+        Ok(Response::new(TagResponse { id, name }))
+    }
+
+    async fn inspect(
+        &self,
+        request: Request<InspectRequest>,
+    ) -> Result<Response<InspectResponse>, Status> {
+        let name = request.into_inner().name;
+        let facts = self.images.inspect(&name).await.map_err(status)?;
+        let json = facts.to_string();
+        Ok(Response::new(InspectResponse { json }))
+    }
+
+    type VerifyStream = ReceiverStream<Result<VerifyResponse, Status>>;
+
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        let VerifyRequest { mut names, repair } = request.into_inner();
+        if names.is_empty() {
+            names.extend(self.images.list().iter().map(|image| image.id.clone()));
+        }
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let supervisor = self.supervisor.clone();
+        tokio::spawn(async move {
+            for name in names {
+                let answer = verify(&supervisor, &name, repair).await.map_err(status);
+                let failed = answer.is_err();
+                // A client that has gone waits for no other image.
+                if sender.send(answer).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn collect(
+        &self,
+        request: Request<CollectRequest>,
+    ) -> Result<Response<CollectResponse>, Status> {
+        let holders = self.supervisor.layer_holders();
+        let items = self.images.audit(holders).await.map_err(status)?;
+        if !request.into_inner().dry_run {
+            let used = self.supervisor.clone();
+            let in_use = Arc::new(move || used.layers_in_use());
+            self.images.collect(in_use).await.map_err(status)?;
+        }
+        let items = items.into_iter().map(item).collect();
+        Ok(Response::new(CollectResponse { items }))
+    }
+}
+
+fn item(item: gantry_images::Item) -> Item {
+    let kind = match item.kind {
+        ItemKind::Blob => "blob",
+        ItemKind::Part => "part",
+        ItemKind::Layer => "layer",
+    };
+    let fate = match item.fate {
+        Fate::Kept => "kept",
+        Fate::Young => "young",
+        Fate::Goes => "goes",
+    };
+    Item {
+        kind: kind.to_owned(),
+        digest: item.digest.to_string(),
+        bytes: item.bytes,
+        fate: fate.to_owned(),
+        referrers: item.referrers,
     }
 }
 

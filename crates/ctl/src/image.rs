@@ -1,10 +1,13 @@
 //! `gantryctl image`.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use gantry_admin_api::v1::images_client::ImagesClient;
-use gantry_admin_api::v1::{ExportRequest, ImportRequest};
+use gantry_admin_api::v1::{
+    CollectRequest, ExportRequest, ImportRequest, InspectRequest, Item, TagRequest, VerifyRequest,
+};
 use gantry_cri_api::v1 as cri;
 use gantry_cri_api::v1::image_service_client::ImageServiceClient;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -19,6 +22,9 @@ pub enum Command {
         /// Name of the image, for an archive that names none
         #[arg(long)]
         name: Option<String>,
+        /// Leave the unpacking to the first container that needs it
+        #[arg(long)]
+        no_unpack: bool,
     },
     /// Export images as a tar that is an OCI layout and a docker archive at once
     Export {
@@ -28,6 +34,41 @@ pub enum Command {
         /// File to write; `-` writes standard output
         #[arg(long, short, default_value = "-")]
         output: PathBuf,
+    },
+    /// Pull an image with the node's own credentials
+    Pull { name: String },
+    /// Give an image another name
+    Tag {
+        /// Name or id
+        source: String,
+        target: String,
+    },
+    /// Remove images under all their names
+    Rm {
+        /// Names or ids
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Print names, manifest, configuration and layers of images as JSON
+    Inspect {
+        /// Names or ids
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Compare blobs with their digests and unpacked layers with their archives; exits with 2 if
+    /// anything is bad
+    Verify {
+        /// Names or ids; none: all images
+        names: Vec<String>,
+        /// Pull anew what is bad, with the node's own credentials
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Delete what no image and no container needs
+    Gc {
+        /// Delete nothing; print what refers to what, and what would go
+        #[arg(long)]
+        dry_run: bool,
     },
     /// List images
     List {
@@ -43,15 +84,151 @@ const CHUNK: usize = 256 << 10;
 /// What a listing may take: thousands of images.
 const MESSAGE_LIMIT: usize = 64 << 20;
 
-pub async fn run(command: Command, channel: Channel) -> Result<()> {
+/// What `image verify` exits with when something is bad: not the 1 of what could not be done.
+const BAD: u8 = 2;
+
+pub async fn run(command: Command, channel: Channel) -> Result<ExitCode> {
     match command {
-        Command::Import { file, name } => import(channel, &file, name).await,
-        Command::Export { names, output } => export(channel, names, &output).await,
-        Command::List { quiet } => list(channel, quiet).await,
+        Command::Import {
+            file,
+            name,
+            no_unpack,
+        } => import(channel, &file, name, no_unpack).await?,
+        Command::Export { names, output } => export(channel, names, &output).await?,
+        Command::Pull { name } => pull(channel, name).await?,
+        Command::Tag { source, target } => tag(channel, source, target).await?,
+        Command::Rm { names } => remove(channel, names).await?,
+        Command::Inspect { names } => inspect(channel, names).await?,
+        Command::Verify { names, repair } => return verify(channel, names, repair).await,
+        Command::Gc { dry_run } => collect(channel, dry_run).await?,
+        Command::List { quiet } => list(channel, quiet).await?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
-async fn import(channel: Channel, file: &Path, name: Option<String>) -> Result<()> {
+async fn pull(channel: Channel, name: String) -> Result<()> {
+    let image = Some(cri::ImageSpec {
+        image: name,
+        ..Default::default()
+    });
+    let request = cri::PullImageRequest {
+        image,
+        ..Default::default()
+    };
+    let answer = ImageServiceClient::new(channel).pull_image(request).await;
+    println!("{}", answer.map_err(status)?.into_inner().image_ref);
+    Ok(())
+}
+
+async fn tag(channel: Channel, source: String, target: String) -> Result<()> {
+    let request = TagRequest { source, target };
+    let answer = ImagesClient::new(channel).tag(request).await;
+    println!("{}", answer.map_err(status)?.into_inner().name);
+    Ok(())
+}
+
+async fn remove(channel: Channel, names: Vec<String>) -> Result<()> {
+    let mut client = ImageServiceClient::new(channel);
+    for name in names {
+        let image = Some(cri::ImageSpec {
+            image: name.clone(),
+            ..Default::default()
+        });
+        let asked = cri::ImageStatusRequest {
+            image: image.clone(),
+            verbose: false,
+        };
+        let found = client.image_status(asked).await.map_err(status)?;
+        // CRI calls the removal of nothing a success; for people it is a name misspelt.
+        let Some(found) = found.into_inner().image else {
+            anyhow::bail!("image {name:?} not found");
+        };
+        let removed = client.remove_image(cri::RemoveImageRequest { image });
+        removed.await.map_err(status)?;
+        println!("{}", found.id);
+    }
+    Ok(())
+}
+
+async fn inspect(channel: Channel, names: Vec<String>) -> Result<()> {
+    let mut client = ImagesClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
+    let mut all = Vec::with_capacity(names.len());
+    for name in names {
+        let answer = client.inspect(InspectRequest { name }).await;
+        let json = answer.map_err(status)?.into_inner().json;
+        all.push(serde_json::from_str::<serde_json::Value>(&json)?);
+    }
+    println!("{}", serde_json::to_string_pretty(&all)?);
+    Ok(())
+}
+
+async fn verify(channel: Channel, names: Vec<String>, repair: bool) -> Result<ExitCode> {
+    let request = VerifyRequest { names, repair };
+    let answer = ImagesClient::new(channel).verify(request).await;
+    let mut answers = answer.map_err(status)?.into_inner();
+    let mut bad = false;
+    while let Some(image) = answers.message().await.map_err(status)? {
+        let verdict = match (image.faults.is_empty(), image.repaired.is_empty()) {
+            (true, true) => "good",
+            (true, false) => "repaired",
+            (false, _) => "BAD",
+        };
+        let name = image.names.first().map_or("", String::as_str);
+        println!(
+            "{verdict}: {} {name}: {} blobs of {} bytes, {} unpacked layers",
+            short(&image.id),
+            image.blobs,
+            image.bytes,
+            image.layers
+        );
+        for (what, lines) in [
+            ("bad", &image.faults),
+            ("repaired", &image.repaired),
+            ("note", &image.notes),
+        ] {
+            for line in lines {
+                println!("  {what}: {line}");
+            }
+        }
+        bad |= !image.faults.is_empty();
+    }
+    Ok(match bad {
+        true => ExitCode::from(BAD),
+        false => ExitCode::SUCCESS,
+    })
+}
+
+async fn collect(channel: Channel, dry_run: bool) -> Result<()> {
+    let answer = ImagesClient::new(channel)
+        .max_decoding_message_size(MESSAGE_LIMIT)
+        .collect(CollectRequest { dry_run })
+        .await;
+    let items = answer.map_err(status)?.into_inner().items;
+    let goes = |item: &&Item| item.fate == "goes";
+    for item in items.iter().filter(|item| dry_run || goes(item)) {
+        let why = match (item.referrers.as_slice(), item.fate.as_str()) {
+            ([], "young") => "nothing, but it came lately".to_owned(),
+            ([], _) => "nothing".to_owned(),
+            (referrers, _) => referrers.join(", "),
+        };
+        println!(
+            "{:<5} {:<5} {:>14} {} <- {why}",
+            item.fate, item.kind, item.bytes, item.digest
+        );
+    }
+    let bytes: u64 = items.iter().filter(goes).map(|item| item.bytes).sum();
+    let count = items.iter().filter(goes).count();
+    let verb = if dry_run { "would go" } else { "are gone" };
+    println!("{count} of {} with {bytes} bytes {verb}", items.len());
+    Ok(())
+}
+
+async fn import(
+    channel: Channel,
+    file: &Path,
+    name: Option<String>,
+    no_unpack: bool,
+) -> Result<()> {
     let reader: Box<dyn AsyncRead + Send + Unpin> = if file == Path::new("-") {
         Box::new(tokio::io::stdin())
     } else {
@@ -59,7 +236,7 @@ async fn import(channel: Channel, file: &Path, name: Option<String>) -> Result<(
         Box::new(opened.with_context(|| format!("open {}", file.display()))?)
     };
     let (sender, receiver) = tokio::sync::mpsc::channel(4);
-    let reading = tokio::spawn(read(reader, name.unwrap_or_default(), sender));
+    let reading = tokio::spawn(read(reader, name.unwrap_or_default(), no_unpack, sender));
     let answer = ImagesClient::new(channel)
         .import(ReceiverStream::new(receiver))
         .await;
@@ -77,6 +254,7 @@ async fn import(channel: Channel, file: &Path, name: Option<String>) -> Result<(
 async fn read(
     mut reader: impl AsyncRead + Unpin,
     mut name: String,
+    no_unpack: bool,
     sender: tokio::sync::mpsc::Sender<ImportRequest>,
 ) -> std::io::Result<()> {
     loop {
@@ -89,6 +267,7 @@ async fn read(
         let message = ImportRequest {
             name: std::mem::take(&mut name),
             data,
+            no_unpack,
         };
         if sender.send(message).await.is_err() {
             return Ok(());

@@ -28,7 +28,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Images: import, export, list
+    /// Images: in and out, what they are, and whether they still are
     #[command(subcommand)]
     Image(image::Command),
 }
@@ -43,7 +43,7 @@ async fn main() -> ExitCode {
         }
     };
     match outcome.await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("gantryctl: {error:#}");
             ExitCode::FAILURE

@@ -111,6 +111,8 @@ pub struct Images {
     /// Names (globs) of images that are never collected.
     pub pinned: Vec<String>,
     pub snapshotter: SnapshotterName,
+    /// Compressed layers go once they are unpacked.
+    pub discard_unpacked_layers: bool,
     /// Layers of one image that are fetched and unpacked at once.
     pub layers_at_once: usize,
     /// Transfers of all pulls together on which bytes move at once.
@@ -266,6 +268,7 @@ impl Default for Images {
             registry_config: "/etc/gantry/certs.d".into(),
             pinned: Vec::new(),
             snapshotter: SnapshotterName::default(),
+            discard_unpacked_layers: false,
             layers_at_once: 3,
             parallel_downloads: 12,
             parallel_unpacks: 0,

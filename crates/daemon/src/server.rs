@@ -78,7 +78,7 @@ pub async fn run(config: Config) -> Result<()> {
     let supervisor = Supervisor::new(
         settings,
         Arc::clone(&opened.store),
-        images.clone(),
+        images,
         snapshotter,
         network,
         scopes,
@@ -109,7 +109,9 @@ pub async fn run(config: Config) -> Result<()> {
                 .max_decoding_message_size(MESSAGE_LIMIT)
                 .max_encoding_message_size(MESSAGE_LIMIT),
         )
-        .add_service(ImagesServer::new(gantry_cri::Admin::new(images)));
+        .add_service(ImagesServer::new(gantry_cri::Admin::new(
+            supervisor.clone(),
+        )));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = tokio::spawn(async move {

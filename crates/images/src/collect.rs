@@ -1,27 +1,46 @@
 //! Taking away what nothing refers to.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use gantry_types::Digest;
 
 use crate::Result;
 use crate::image::Image;
-use crate::service::{Inner, LayersInUse};
+use crate::service::{Inner, LayersInUse, blocking};
 
 impl Inner {
-    /// Blobs and chain ids of all listed images.
-    fn referenced(&self) -> (HashSet<Digest>, HashSet<Digest>) {
+    /// Blobs and chain ids of all listed images. A compressed layer that is unpacked is none of
+    /// them where the node lets go of these.
+    pub(crate) fn referenced(&self) -> (HashSet<Digest>, HashSet<Digest>) {
         let catalog = self.catalog();
+        let discarded = |image: &Image, blob: &Digest| {
+            let mut layers = image.layer_blobs().iter().zip(&image.layers);
+            self.options.discard_unpacked_layers
+                && layers.any(|(own, chain)| own == blob && self.snapshotter.has_layer(chain))
+        };
         let blobs = catalog
             .images()
-            .flat_map(|image| image.blobs.iter().cloned())
+            .flat_map(|image| image.blobs.iter().map(move |blob| (image, blob)))
+            .filter(|(image, blob)| !discarded(image, blob))
+            .map(|(_, blob)| blob.clone())
             .collect();
         let chains = catalog
             .images()
             .flat_map(|image| image.layers.iter().cloned())
             .collect();
         (blobs, chains)
+    }
+
+    /// Removes those of an image's compressed layers that nothing refers to, where the node lets go
+    /// of them once they are unpacked.
+    pub(crate) async fn discard(self: &Arc<Self>, layers: Vec<Digest>) -> Result<()> {
+        if !self.options.discard_unpacked_layers {
+            return Ok(());
+        }
+        let work = self.clone();
+        blocking("blob removal", move || work.drop_blobs(&layers)).await
     }
 
     /// What belonged to `image` alone. It is no longer listed, and no image is admitted
@@ -63,7 +82,7 @@ impl Inner {
         self.collect_layers(&layers, in_use)
     }
 
-    fn is_young(&self, file: &std::fs::Metadata) -> bool {
+    pub(crate) fn is_young(&self, file: &std::fs::Metadata) -> bool {
         // A clock that was set back makes it young for ever, until it is set right.
         file.modified().is_ok_and(|time| {
             SystemTime::now().duration_since(time).unwrap_or_default()

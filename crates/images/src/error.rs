@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use gantry_types::{ErrorKind, Kind};
+use gantry_types::{Digest, ErrorKind, Kind};
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -76,6 +76,13 @@ pub enum Error {
     #[error("{name}: not an image of this node")]
     NoSuchImage { name: String },
 
+    /// The unpacked layer is here, its compressed form is not.
+    #[error(
+        "image {image}: blob {blob} is not kept on this node (images.discard_unpacked_layers, or \
+         another image's layer of the same content)"
+    )]
+    NotKept { image: String, blob: Digest },
+
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
 
@@ -138,7 +145,9 @@ impl Kind for Error {
             }
             Error::Invalid { .. } | Error::Unsupported { .. } => ErrorKind::InvalidArgument,
             Error::Limit { .. } => ErrorKind::ResourceExhausted,
-            Error::Hosts { .. } | Error::Credentials { .. } => ErrorKind::FailedPrecondition,
+            Error::Hosts { .. } | Error::Credentials { .. } | Error::NotKept { .. } => {
+                ErrorKind::FailedPrecondition
+            }
             Error::Cancelled => ErrorKind::Unavailable,
             Error::Io { source, .. } => match Kind::kind(source) {
                 // A file of ours that is missing is not the caller's "no such image".

@@ -59,6 +59,11 @@ impl Image {
         }
     }
 
+    /// Its compressed layers, base first.
+    pub(crate) fn layer_blobs(&self) -> &[Digest] {
+        self.blobs.get(2..2 + self.layers.len()).unwrap_or_default()
+    }
+
     pub(crate) fn record(&self) -> ImageRecord {
         ImageRecord {
             id: self.id.clone(),

@@ -6,7 +6,7 @@
 //! archive are right; then it is made durable, and only then it is a layer.
 
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gantry_ports::Snapshotter;
@@ -16,29 +16,36 @@ use tokio::task::JoinSet;
 
 use crate::cancel::Cancel;
 use crate::decompress;
-use crate::document::{self, Descriptor, Document};
+use crate::document::{self, Config, Descriptor, Document, Manifest};
 use crate::hash::{self, HashingReader};
 use crate::lease::Lease;
 use crate::partial::{Follow, Partial};
 use crate::registry::{Followed, Session};
 use crate::service::{Inner, blocking};
 use crate::unpack::{self, Unpacked};
-use crate::{Error, Result, failpoint};
+use crate::{Error, Result, failpoint, verify};
 
 /// One layer of the image.
 #[derive(Clone)]
-struct Layer {
-    blob: Descriptor,
+pub struct Layer {
+    pub blob: Descriptor,
     diff: Digest,
-    chain: Digest,
+    pub chain: Digest,
     parent: Option<Digest>,
 }
 
 /// A layer in its stage. Dropped uncommitted, the stage is thrown away.
-struct Staged {
+pub struct Staged {
     snapshotter: Arc<dyn Snapshotter>,
     stage: Option<Stage>,
     unpacked: Unpacked,
+}
+
+impl Staged {
+    /// Root of what was unpacked.
+    pub fn dir(&self) -> Option<&Path> {
+        self.stage.as_ref().map(|stage| stage.dir.as_path())
+    }
 }
 
 impl Drop for Staged {
@@ -79,32 +86,11 @@ pub async fn install(
         content.read(&digest, document::DOCUMENT_MAX)
     });
     let config = document::parse_config(&parsed.config.digest, &bytes.await?.unwrap_or_default())?;
-    if config.diff_ids.len() != parsed.layers.len() {
-        return Err(Error::invalid(
-            format_args!("manifest {manifest}"),
-            format_args!(
-                "{} layers for {} diff ids",
-                parsed.layers.len(),
-                config.diff_ids.len()
-            ),
-        ));
-    }
-    let chains = hash::chain_ids(&config.diff_ids);
+    let layers = layers(manifest, parsed, config)?;
+    let chains: Vec<Digest> = layers.iter().map(|layer| layer.chain.clone()).collect();
     // Held before they are looked for: what is found then stays.
     lease.hold(&chains);
-    lease.hold(parsed.layers.iter().map(|layer| &layer.digest));
-    let layers: Vec<Layer> = parsed
-        .layers
-        .into_iter()
-        .zip(config.diff_ids)
-        .enumerate()
-        .map(|(n, (blob, diff))| Layer {
-            blob,
-            diff,
-            chain: chains[n].clone(),
-            parent: n.checked_sub(1).map(|below| chains[below].clone()),
-        })
-        .collect();
+    lease.hold(layers.iter().map(|layer| &layer.blob.digest));
     let work = (inner.snapshotter.clone(), layers.clone());
     let missing = blocking("layer look-up", move || {
         Ok(work
@@ -129,6 +115,63 @@ pub async fn install(
     Ok(lease)
 }
 
+fn layers(manifest: &Digest, parsed: Manifest, config: Config) -> Result<Vec<Layer>> {
+    if config.diff_ids.len() != parsed.layers.len() {
+        return Err(Error::invalid(
+            format_args!("manifest {manifest}"),
+            format_args!(
+                "{} layers for {} diff ids",
+                parsed.layers.len(),
+                config.diff_ids.len()
+            ),
+        ));
+    }
+    let chains = hash::chain_ids(&config.diff_ids);
+    let layers = parsed.layers.into_iter().zip(config.diff_ids).enumerate();
+    Ok(layers
+        .map(|(n, (blob, diff))| Layer {
+            blob,
+            diff,
+            chain: chains[n].clone(),
+            parent: n.checked_sub(1).map(|below| chains[below].clone()),
+        })
+        .collect())
+}
+
+/// The layers of an image whose manifest and configuration are here, from base to top. Blocks.
+pub fn layers_of(inner: &Inner, manifest: &Digest) -> Result<Vec<Layer>> {
+    let read = |digest: &Digest| {
+        let bytes = inner.content.read(digest, document::DOCUMENT_MAX)?;
+        bytes.ok_or_else(|| Error::invalid(digest, "the blob is missing"))
+    };
+    let Document::Manifest(parsed) = document::parse(manifest.as_str(), "", &read(manifest)?)?
+    else {
+        return Err(Error::invalid(
+            manifest,
+            "an index where a manifest should be",
+        ));
+    };
+    let config = document::parse_config(&parsed.config.digest, &read(&parsed.config.digest)?)?;
+    layers(manifest, parsed, config)
+}
+
+/// Unpacks a layer that is here already once more, complete but for the commit. Blocks.
+pub fn stage_again(inner: &Inner, below: &[Layer], layer: &Layer) -> Result<Staged> {
+    let _turn = inner.budget.turns.take();
+    let staged = stage_here(inner, layer, &Cancel::default())?;
+    if inner.snapshotter.whiteouts() == Whiteouts::Overlay
+        && let Some(dir) = staged.dir()
+    {
+        let below: Vec<PathBuf> = below
+            .iter()
+            .rev()
+            .filter_map(|layer| inner.snapshotter.layer_dir(&layer.chain))
+            .collect();
+        unpack::settle(dir, &staged.unpacked, &below)?;
+    }
+    Ok(staged)
+}
+
 /// Takes the blob's lock: another pull may be fetching it.
 async fn lock(
     inner: &Inner,
@@ -146,10 +189,12 @@ async fn lock(
 }
 
 /// Whether a blob is here. Without a session it must be.
-async fn is_here(inner: &Inner, session: Option<&Session>, blob: &Descriptor) -> Result<bool> {
+async fn is_here(inner: &Arc<Inner>, session: Option<&Session>, blob: &Descriptor) -> Result<bool> {
     let (content, digest) = (inner.content.clone(), blob.digest.clone());
     match blocking("blob look-up", move || content.size(&digest)).await? {
         Some(size) if size == blob.size => Ok(true),
+        // Cut short by a power loss, say, or by somebody's hand.
+        Some(_) if session.is_some() && drop_unsound(inner, &blob.digest).await? => Ok(false),
         Some(size) => Err(Error::mismatch(
             &blob.digest,
             format_args!(
@@ -162,20 +207,43 @@ async fn is_here(inner: &Inner, session: Option<&Session>, blob: &Descriptor) ->
     }
 }
 
+/// Removes a blob that has not the digest that it is named by, so that it is fetched anew; whether
+/// it was so. The caller holds the blob's lock.
+async fn drop_unsound(inner: &Arc<Inner>, digest: &Digest) -> Result<bool> {
+    let (work, digest) = (inner.clone(), digest.clone());
+    blocking("blob verification", move || {
+        let sound = verify::is_sound(&work, &digest)?;
+        if !sound {
+            tracing::warn!(%digest, "a blob has another digest than its name: it is fetched anew");
+            work.content.remove(&digest)?;
+            work.content.purge()?;
+        }
+        Ok(!sound)
+    })
+    .await
+}
+
 /// Makes sure that a blob is here; it is added to `fresh` if it has to be fetched.
 pub async fn fetch(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     session: Option<&Session>,
     blob: &Descriptor,
     fresh: &mut Vec<Digest>,
 ) -> Result<()> {
     let _lock = lock(inner, session, blob).await?;
+    let here = match is_here(inner, session, blob).await? {
+        // A document is small, and all else stands on it.
+        true if session.is_some() && blob.size <= document::DOCUMENT_MAX => {
+            !drop_unsound(inner, &blob.digest).await?
+        }
+        here => here,
+    };
     match session {
-        Some(session) if !is_here(inner, Some(session), blob).await? => {
+        Some(session) if !here => {
             fresh.push(blob.digest.clone());
             session.blob(blob, &inner.content, hash_only).await
         }
-        session => is_here(inner, session, blob).await.map(drop),
+        _ => Ok(()),
     }
 }
 
@@ -203,6 +271,10 @@ fn follow_up<T>(partial: &Partial, follow: Follow<'_>, value: Result<T>) -> Foll
     }
 }
 
+fn cancel_is(error: &Error) -> bool {
+    matches!(error, Error::Cancelled)
+}
+
 fn is_local(error: &Error) -> bool {
     match error {
         Error::Io { source, .. } => source.kind() == io::ErrorKind::StorageFull,
@@ -220,7 +292,26 @@ async fn bring(
 ) -> Result<Option<Staged>> {
     let alone = inner.snapshotter.whiteouts() == Whiteouts::Overlay;
     let lock = lock(inner, session, &layer.blob).await?;
-    let here = is_here(inner, session, &layer.blob).await?;
+    let mut here = is_here(inner, session, &layer.blob).await?;
+    if here && session.is_some() {
+        // It may be here since long ago: what cannot be unpacked is fetched anew if that is its own
+        // fault. Where the unpacking is later, it is looked at before.
+        if alone {
+            let (work, layer_too, cancel) = (inner.clone(), layer.clone(), cancel.clone());
+            let staged = blocking("layer unpack", move || {
+                let _turn = work.budget.turns.take();
+                stage_here(&work, &layer_too, &cancel).map(Some)
+            });
+            match staged.await {
+                Err(error) if is_local(&error) || cancel_is(&error) => return Err(error),
+                Err(error) if !drop_unsound(inner, &layer.blob.digest).await? => return Err(error),
+                Err(_) => here = false,
+                staged => return staged,
+            }
+        } else {
+            here = !drop_unsound(inner, &layer.blob.digest).await?;
+        }
+    }
     match session {
         Some(session) if !here && alone => {
             let (work, layer_too, cancel) = (inner.clone(), layer.clone(), cancel.clone());

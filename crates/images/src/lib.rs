@@ -7,10 +7,12 @@
 //! it left half done when it was killed is still known, and is finished at the next start.
 
 mod archive;
+mod audit;
 mod budget;
 mod cancel;
 mod catalog;
 mod collect;
+mod compare;
 mod content;
 mod credentials;
 mod decompress;
@@ -20,6 +22,7 @@ mod failpoint;
 mod hash;
 mod image;
 mod index;
+mod inspect;
 mod install;
 mod joined;
 mod keychain;
@@ -32,7 +35,9 @@ pub mod registry;
 mod service;
 mod tar;
 pub mod unpack;
+mod verify;
 
+pub use audit::{Fate, Item, ItemKind};
 pub use credentials::Credentials;
 pub use decompress::Expansion;
 pub use document::{ImageConfig, Platform};
@@ -41,3 +46,4 @@ pub use image::Image;
 pub use keychain::{HostCredentials, Keychain, is_helper_name};
 pub use platform::Accepted;
 pub use service::{FsInfo, ImageInUse, Images, LayersInUse, Options, PullRequest};
+pub use verify::{Fault, Faulty, Verified};

@@ -39,6 +39,34 @@ impl BlobLocks {
     }
 }
 
+/// What a pull brings anew though it is here.
+#[derive(Debug, Default)]
+pub struct Renew {
+    /// Blobs that are to be here afterwards, also where their layer is unpacked.
+    pub blobs: Vec<Digest>,
+    /// Unpacked layers that are made anew, by chain id, once their blobs are here.
+    pub chains: Vec<Digest>,
+}
+
+/// Pulls an image as [`pull`] does, and makes some of it anew.
+pub async fn renew(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    credentials: &Credentials,
+    cancel: &Cancel,
+    renew: Renew,
+) -> Result<String> {
+    pull_image(
+        inner,
+        reference,
+        credentials,
+        cancel,
+        &mut Vec::new(),
+        renew,
+    )
+    .await
+}
+
 /// Pulls an image and returns its id. Told to end by `cancel`, it ends in order: what it has
 /// fetched stays for the next try, half-unpacked layers do not.
 pub async fn pull(
@@ -48,7 +76,8 @@ pub async fn pull(
     cancel: &Cancel,
 ) -> Result<String> {
     let mut fresh = Vec::new();
-    let pulled = pull_image(inner, reference, credentials, cancel, &mut fresh).await;
+    let none = Renew::default();
+    let pulled = pull_image(inner, reference, credentials, cancel, &mut fresh, none).await;
     // What was fetched is for the next try: but a full disk is not the time to keep it, and an
     // image that is not sound will be none then.
     if let Err(error) = &pulled
@@ -72,6 +101,7 @@ async fn pull_image(
     credentials: &Credentials,
     cancel: &Cancel,
     fresh: &mut Vec<Digest>,
+    renew: Renew,
 ) -> Result<String> {
     let work = (inner.clone(), reference.clone(), credentials.clone());
     let ended = cancel.clone();
@@ -94,13 +124,55 @@ async fn pull_image(
     failpoint::at("pull::after-resolve")?;
     let named = reference.with_digest(&top.digest);
     let manifest = walk.manifest(top).await?;
-    let Walk { lease, .. } = walk;
+    let Walk { mut lease, .. } = walk;
+    if !renew.blobs.is_empty() || !renew.chains.is_empty() {
+        make_anew(inner, &session, &manifest, &mut lease, renew, fresh).await?;
+    }
     let lease = install::install(inner, Some(session), &manifest, lease, fresh).await?;
     let tags = reference.tagged().into_iter().collect();
     failpoint::at("pull::before-record")?;
     let image = inner.admit(manifest, tags, vec![named]).await?;
     drop(lease);
+    inner.discard(image.layer_blobs().to_vec()).await?;
     Ok(image.id.clone())
+}
+
+/// Fetches the blobs that are wanted, and then takes the unpacked layers away.
+async fn make_anew(
+    inner: &Arc<Inner>,
+    session: &Session,
+    manifest: &Digest,
+    lease: &mut Lease,
+    renew: Renew,
+    fresh: &mut Vec<Digest>,
+) -> Result<()> {
+    let digest = manifest.clone();
+    let work = inner.clone();
+    let parsed = blocking("blob read", move || {
+        let bytes = work.content.read(&digest, document::DOCUMENT_MAX)?;
+        document::parse(digest.as_str(), "", &bytes.unwrap_or_default())
+    });
+    if let Document::Manifest(parsed) = parsed.await? {
+        lease.hold([&parsed.config.digest]);
+        install::fetch(inner, Some(session), &parsed.config, fresh).await?;
+    }
+    let (work, digest) = (inner.clone(), manifest.clone());
+    let layers = blocking("blob read", move || install::layers_of(&work, &digest)).await?;
+    for layer in layers {
+        lease.hold([&layer.blob.digest, &layer.chain]);
+        if renew.blobs.contains(&layer.blob.digest) || renew.chains.contains(&layer.chain) {
+            install::fetch(inner, Some(session), &layer.blob, fresh).await?;
+        }
+    }
+    let work = inner.clone();
+    blocking("layer removal", move || {
+        for chain in &renew.chains {
+            work.snapshotter.remove_layer(chain)?;
+            work.usage().remove(chain);
+        }
+        Ok(())
+    })
+    .await
 }
 
 /// The way from what a reference names to the manifest for this node.
@@ -141,7 +213,15 @@ impl Walk<'_> {
     async fn local(&self, digest: &Digest) -> Result<Option<Vec<u8>>> {
         let (content, digest) = (self.inner.content.clone(), digest.clone());
         blocking("blob read", move || {
-            content.read(&digest, document::DOCUMENT_MAX)
+            match content.read(&digest, document::DOCUMENT_MAX) {
+                // Damaged on disk: as if it were not here, so that it is fetched anew.
+                Err(Error::Mismatch { .. } | Error::Limit { .. }) => {
+                    tracing::warn!(%digest, "a document has another digest than its name");
+                    content.remove(&digest)?;
+                    content.purge().map(|()| None)
+                }
+                read => read,
+            }
         })
         .await
     }

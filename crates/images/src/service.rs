@@ -23,8 +23,9 @@ use crate::joined::Pulls;
 use crate::lease::{Lease, Leases};
 use crate::platform::Accepted;
 use crate::pull::BlobLocks;
+use crate::reference::Reference;
 use crate::unpack::Limits;
-use crate::{Error, Result, index, registry};
+use crate::{Error, Result, index, install, registry};
 
 /// How this node handles images.
 #[derive(Clone, Debug)]
@@ -45,6 +46,8 @@ pub struct Options {
     /// How long blobs that no image refers to stay: a failed pull goes on with what it has.
     pub keep_unreferenced: Duration,
     pub platforms: Accepted,
+    /// Compressed layers go once they are unpacked. The image cannot be exported then.
+    pub discard_unpacked_layers: bool,
 }
 
 impl Default for Options {
@@ -59,6 +62,7 @@ impl Default for Options {
             limits: Limits::default(),
             keep_unreferenced: Duration::from_secs(3600),
             platforms: Accepted::host(),
+            discard_unpacked_layers: false,
         }
     }
 }
@@ -210,6 +214,51 @@ impl Images {
             image,
             _lease: lease,
         }))
+    }
+
+    /// Unpacks those layers of an image that are only fetched; nothing to do for most. The caller
+    /// holds them, as by [`Images::use_image`].
+    pub async fn unpack(&self, image: &Image) -> Result<()> {
+        if self.inner.is_unpacked(image) {
+            return Ok(());
+        }
+        let mut lease = self.inner.leases.lease();
+        lease.hold(&image.blobs);
+        let manifest = image.manifest.digest.clone();
+        let none = &mut Vec::new();
+        drop(install::install(&self.inner, None, &manifest, lease, none).await?);
+        self.discard(image).await
+    }
+
+    /// Whether all layers of an image are unpacked.
+    pub fn is_unpacked(&self, image: &Image) -> bool {
+        self.inner.is_unpacked(image)
+    }
+
+    /// Lets go of compressed layers that are unpacked, where the node is told to.
+    async fn discard(&self, image: &Image) -> Result<()> {
+        self.inner.discard(image.layer_blobs().to_vec()).await
+    }
+
+    /// Gives an image another name, which moves to it from the image that had it. Returns the
+    /// image's id and the name in full.
+    pub async fn tag(&self, name_or_id: &str, target: &str) -> Result<(String, String)> {
+        let target: Reference = target.parse()?;
+        let Some(tagged) = target.tagged() else {
+            return Err(Error::Reference {
+                reference: target.to_string(),
+                reason: "a name by digest says itself what it is".to_owned(),
+            });
+        };
+        let none = || Error::NoSuchImage {
+            name: name_or_id.to_owned(),
+        };
+        let image = self.use_image(name_or_id)?.ok_or_else(none)?;
+        let mut lease = self.inner.leases.lease();
+        lease.hold(&image.blobs);
+        let manifest = image.manifest.digest.clone();
+        let admitted = self.inner.admit(manifest, vec![tagged.clone()], Vec::new());
+        Ok((admitted.await?.id.clone(), tagged))
     }
 
     /// Removes an image with all its names, and the layers and blobs that nothing else needs.
@@ -386,19 +435,24 @@ impl Inner {
         Ok(image)
     }
 
+    /// The image of a manifest, if each of its layers is here, unpacked or to be unpacked.
     fn load_complete(&self, manifest: &Digest) -> Result<Image> {
         let image = Image::load(&self.content, manifest)?;
-        match image
-            .layers
-            .iter()
-            .find(|chain| !self.snapshotter.has_layer(chain))
-        {
-            Some(chain) => Err(Error::invalid(
-                &image.id,
-                format_args!("layer {chain} is missing"),
-            )),
-            None => Ok(image),
+        for (chain, blob) in image.layers.iter().zip(image.layer_blobs()) {
+            if !self.snapshotter.has_layer(chain) && self.content.size(blob)?.is_none() {
+                return Err(Error::invalid(
+                    &image.id,
+                    format_args!("layer {chain} is missing"),
+                ));
+            }
         }
+        Ok(image)
+    }
+
+    /// Whether all layers are unpacked.
+    pub fn is_unpacked(&self, image: &Image) -> bool {
+        let mut layers = image.layers.iter();
+        layers.all(|chain| self.snapshotter.has_layer(chain))
     }
 
     fn adopt_from_index(&self, catalog: &mut Catalog) -> Result<()> {

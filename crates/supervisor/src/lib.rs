@@ -19,7 +19,7 @@ mod settings;
 mod shim;
 mod undo;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -186,6 +186,33 @@ impl Supervisor {
     /// Layers that containers stand on, whatever became of their image.
     pub fn layers_in_use(&self) -> HashSet<Digest> {
         self.ctx.layers_in_use()
+    }
+
+    /// By chain id: the containers that stand on it, or why it counts as used by somebody.
+    pub fn layer_holders(&self) -> HashMap<Digest, Vec<String>> {
+        let mut holders: HashMap<Digest, Vec<String>> = HashMap::new();
+        if self.ctx.unreadable.load(Ordering::Acquire) {
+            for chain in self.ctx.layers_in_use() {
+                let unknown = "a record that cannot be read".to_owned();
+                holders.entry(chain).or_default().push(unknown);
+            }
+        }
+        let pods = self.ctx.registry.pods();
+        for container in pods.iter().flat_map(|pod| &pod.containers) {
+            let record = &container.facts.record;
+            let mounted = record.image_mounts.iter().flat_map(|image| &image.layers);
+            let chains: HashSet<Digest> = record
+                .layers
+                .iter()
+                .chain(mounted)
+                .filter_map(|layer| layer.parse().ok())
+                .collect();
+            for chain in chains {
+                let holder = format!("container {}", container.facts.id);
+                holders.entry(chain).or_default().push(holder);
+            }
+        }
+        holders
     }
 
     /// Takes away layers and blobs that nothing refers to.

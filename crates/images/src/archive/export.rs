@@ -51,7 +51,10 @@ impl Images {
         )?;
         for (image, tags) in images {
             for digest in parts(image) {
-                let missing = || Error::invalid(digest, "the blob is not on this node");
+                let missing = || Error::NotKept {
+                    image: image.id.clone(),
+                    blob: digest.clone(),
+                };
                 let size = content.size(digest)?.ok_or_else(missing)?;
                 if written.insert(digest.clone()) {
                     let mut header = header(size);

@@ -56,14 +56,24 @@ impl Images {
         stream: impl Read + Send + 'static,
         name: Option<String>,
     ) -> Result<Vec<String>> {
-        self.import_files(name, move |files| files.read_tar(stream))
+        self.import_files(name, true, move |files| files.read_tar(stream))
+            .await
+    }
+
+    /// As [`Images::import`], without unpacking: a layer is unpacked when a container needs it.
+    pub async fn import_fetched(
+        &self,
+        stream: impl Read + Send + 'static,
+        name: Option<String>,
+    ) -> Result<Vec<String>> {
+        self.import_files(name, false, move |files| files.read_tar(stream))
             .await
     }
 
     /// As [`Images::import`], from a file or from the directory of an image layout.
     pub async fn import_path(&self, path: &Path, name: Option<String>) -> Result<Vec<String>> {
         let path = path.to_owned();
-        self.import_files(name, move |files| {
+        self.import_files(name, true, move |files| {
             if path.is_dir() {
                 return files.read_dir(&path);
             }
@@ -77,6 +87,7 @@ impl Images {
     async fn import_files(
         &self,
         name: Option<String>,
+        unpack: bool,
         read: impl FnOnce(&mut Files) -> Result<()> + Send + 'static,
     ) -> Result<Vec<String>> {
         let name = name.map(|name| name.parse::<Reference>()).transpose()?;
@@ -90,7 +101,7 @@ impl Images {
         let brought = files.digests();
         let lease = files.into_lease();
         let result = match found {
-            Ok(found) => adopt(&self.inner, found).await,
+            Ok(found) => adopt(&self.inner, found, unpack).await,
             Err(error) => Err(error),
         };
         drop(lease);
@@ -108,13 +119,16 @@ impl Images {
     }
 }
 
-/// Unpacks and records what was found.
-async fn adopt(inner: &Arc<Inner>, found: Vec<Found>) -> Result<Vec<String>> {
+/// Records what was found, unpacked or not.
+async fn adopt(inner: &Arc<Inner>, found: Vec<Found>, unpack: bool) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for image in found {
         let mut lease = inner.leases.lease();
         lease.hold([&image.manifest]);
-        let lease = install::install(inner, None, &image.manifest, lease, &mut Vec::new()).await?;
+        if unpack {
+            let none = &mut Vec::new();
+            lease = install::install(inner, None, &image.manifest, lease, none).await?;
+        }
         let tags: Vec<String> = image.names.iter().filter_map(Reference::tagged).collect();
         let by_digest = |name: &Reference| match (name.digest(), &image.top) {
             (Some(_), _) => Some(name.to_string()),

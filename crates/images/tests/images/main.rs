@@ -6,4 +6,5 @@ mod hosts;
 mod native;
 mod node;
 mod pull;
+mod store;
 mod transfer;

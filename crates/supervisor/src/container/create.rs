@@ -92,9 +92,18 @@ impl Driver {
         let (ctx, pod) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
         let id = facts.id.clone();
         // Its layers are held until the container is published with their names.
-        let leases = (Arc::clone(&image), mounted);
+        let mounted = Arc::new(mounted);
+        let leases = (Arc::clone(&image), Arc::clone(&mounted));
         self.effect(
             async move {
+                let images = mounted.iter().map(|(_, mounted)| mounted);
+                for used in images.chain([image.as_ref()]) {
+                    // Imported to be unpacked when it is needed, which is now.
+                    ctx.images.unpack(used).await.map_err(|error| Failed {
+                        error: Error::step("unpack image")(error),
+                        left: None,
+                    })?;
+                }
                 let made = tokio::task::spawn_blocking(move || {
                     make(&ctx, &pod, &facts, &image, status, target_pid)
                 });

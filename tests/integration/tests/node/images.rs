@@ -1,6 +1,6 @@
 //! Images between registry and container.
 
-use gantry_integration::{busybox_image, eventually, on_plain_node, refused, sleeper};
+use gantry_integration::{Node, busybox_image, eventually, on_plain_node, refused, sleeper};
 use gantry_testkit::cri::v1::{AuthConfig, ImageSpec, PullImageRequest};
 use gantry_testkit::image::{Compression, ImageBuilder, Layer, Types, index};
 use gantry_testkit::registry::Auth;
@@ -173,6 +173,128 @@ fn an_image_may_go_before_its_container() {
         let image = node.busybox().await;
         let id = node.run(&pod, &sleeper("c", &image)).await;
         assert_eq!(node.sh(&id, "echo x").await, "x");
+    });
+}
+
+/// gantryctl with these arguments: exit code, standard output and standard error.
+fn gantryctl(node: &Node, args: &[&str]) -> (i32, String, String) {
+    let output = std::process::Command::new(gantry_testkit::daemon::gantryctl().unwrap())
+        .arg("--socket")
+        .arg(node.daemon.socket())
+        .args(args)
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (
+        output.status.code().unwrap(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
+fn no_gantryctl(name: &str) -> bool {
+    let none = gantry_testkit::daemon::gantryctl().is_err();
+    if none {
+        println!("SKIP {name}: GANTRYCTL does not name a gantryctl, and none was built");
+    }
+    none
+}
+
+#[test]
+fn what_gantryctl_does_to_images_is_seen_by_cri_at_once() {
+    const NAME: &str = "what_gantryctl_does_to_images_is_seen_by_cri_at_once";
+    if no_gantryctl(NAME) {
+        return;
+    }
+    on_plain_node(NAME, async |node| {
+        let id = busybox_image().id();
+        let image = node.busybox().await;
+        assert_eq!(
+            gantryctl(node, &["image", "pull", &image]).1,
+            format!("{id}\n")
+        );
+        let (code, named, _) = gantryctl(node, &["image", "tag", &id[7..20], "mine:2"]);
+        assert_eq!((code, named.as_str()), (0, "docker.io/library/mine:2\n"));
+        let found = node.client.image("mine:2").await.unwrap().unwrap();
+        assert_eq!((&found.id, found.repo_tags.len()), (&id, 2));
+        let (_, json, _) = gantryctl(node, &["image", "inspect", "mine:2"]);
+        let facts: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(facts[0]["id"], id.as_str());
+        assert_eq!(facts[0]["layers"][0]["unpacked"], true);
+        assert_eq!(facts[0]["config"]["os"], "linux");
+        let (code, _, said) = gantryctl(node, &["image", "inspect", "none:1"]);
+        assert!(code == 1 && said.contains("none:1"), "{said}");
+
+        let archive = node.daemon.path("image.tar").display().to_string();
+        gantryctl(node, &["image", "export", "--output", &archive, "mine:2"]);
+        assert_eq!(
+            gantryctl(node, &["image", "rm", "mine:2"]).1,
+            format!("{id}\n")
+        );
+        assert!(
+            node.client.list_images().await.unwrap().is_empty(),
+            "all names go"
+        );
+        let (code, _, said) = gantryctl(node, &["image", "rm", "mine:2"]);
+        assert!(code == 1 && said.contains("not found"), "{said}");
+
+        // Fetched only: listed, and unpacked by the first container.
+        gantryctl(node, &["image", "import", "--no-unpack", &archive]);
+        assert_eq!(node.client.list_images().await.unwrap()[0].id, id);
+        let layers = node.daemon.places().root.join("overlayfs/layers");
+        assert!(gantry_testkit::leakcheck::names(&layers).is_empty());
+        node.kill_and_start_again().await;
+        let pod = node.host_pod("late").await;
+        let container = node.run(&pod, &sleeper("c", "mine:2")).await;
+        assert_eq!(node.sh(&container, "echo x").await, "x");
+        assert_eq!(gantry_testkit::leakcheck::names(&layers).len(), 1);
+    });
+}
+
+#[test]
+fn damage_is_told_and_repaired_by_gantryctl() {
+    const NAME: &str = "damage_is_told_and_repaired_by_gantryctl";
+    if no_gantryctl(NAME) {
+        return;
+    }
+    on_plain_node(NAME, async |node| {
+        let image = node.busybox().await;
+        let (code, said, _) = gantryctl(node, &["image", "verify"]);
+        assert!(code == 0 && said.starts_with("good: sha256:"), "{said}");
+        let root = &node.daemon.places().root;
+        let digest = &busybox_image().layers[0].digest;
+        let blob = root.join("content/blobs/sha256").join(digest.hex());
+        std::fs::write(&blob, "rubbish").unwrap();
+        let (code, said, _) = gantryctl(node, &["image", "verify", &image]);
+        assert!(code == 2 && said.starts_with("BAD"), "{said}");
+        assert!(said.contains("its 7 bytes have another digest"), "{said}");
+        let (code, said, _) = gantryctl(node, &["image", "verify", "--repair", &image]);
+        assert!(code == 0 && said.starts_with("repaired"), "{said}");
+
+        let layers = root.join("overlayfs/layers");
+        let layer = || layers.join(&gantry_testkit::leakcheck::names(&layers)[0]);
+        std::fs::write(layer().join("fs/etc/passwd"), "").unwrap();
+        let pod = node.host_pod("on-it").await;
+        let container = node.run(&pod, &sleeper("c", &image)).await;
+        let (code, said, _) = gantryctl(node, &["image", "verify", "--repair"]);
+        assert!(
+            code == 2 && said.contains("containers stand on it"),
+            "{said}"
+        );
+        let (_, said, _) = gantryctl(node, &["image", "gc", "--dry-run"]);
+        assert!(said.contains(&format!("container {container}")), "{said}");
+        assert!(said.ends_with("0 of 4 with 0 bytes would go\n"), "{said}");
+        node.client.remove(&container).await.unwrap();
+        let (code, said, _) = gantryctl(node, &["image", "verify", "--repair"]);
+        assert!(code == 0 && said.contains("\"/etc/passwd\""), "{said}");
+        assert_eq!(gantryctl(node, &["image", "verify"]).0, 0);
+        let container = node.run(&pod, &sleeper("again", &image)).await;
+        assert!(
+            node.sh(&container, "cat /etc/passwd")
+                .await
+                .starts_with("root:")
+        );
+        assert_eq!(gantryctl(node, &["image", "verify", "none:1"]).0, 1);
     });
 }
 

@@ -1,0 +1,228 @@
+//! Looking whether an image is still what it says, and bringing anew what is not.
+
+use std::collections::HashSet;
+use std::io::Read;
+use std::sync::Arc;
+
+use gantry_ports::snapshotter::Whiteouts;
+use gantry_types::Digest;
+
+use crate::cancel::Cancel;
+use crate::credentials::Credentials;
+use crate::hash::Hasher;
+use crate::image::Image;
+use crate::install::{self, Layer};
+use crate::pull::Renew;
+use crate::service::{Images, Inner, LayersInUse, blocking};
+use crate::{Error, Result, compare};
+
+/// What an image was found to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    pub id: String,
+    pub names: Vec<String>,
+    /// Blobs whose digest was computed, and their bytes.
+    pub blobs: u64,
+    pub bytes: u64,
+    /// Unpacked layers that were compared with their archives.
+    pub layers: u64,
+    pub faults: Vec<Fault>,
+    /// What could not be looked at, and why that is no fault.
+    pub notes: Vec<String>,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub what: Faulty,
+    /// One line for people, with the digest.
+    pub reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Faulty {
+    Blob(Digest),
+    /// An unpacked layer, by chain id.
+    Layer(Digest),
+}
+
+impl Images {
+    /// Computes the digests of an image's blobs, unpacks its layers once more and compares each
+    /// with what is there. Reads all of it and needs the space of one layer.
+    pub async fn verify(&self, name_or_id: &str) -> Result<Verified> {
+        let name = name_or_id.to_owned();
+        let image = self.status(&name)?.ok_or(Error::NoSuchImage { name })?;
+        let mut lease = self.inner.leases.lease();
+        lease.hold(&image.blobs);
+        lease.hold(&image.layers);
+        let work = self.inner.clone();
+        let verified = blocking("image verification", move || verify(&work, &image)).await;
+        drop(lease);
+        verified
+    }
+
+    /// Brings anew what [`Images::verify`] found to be bad, by a pull of one of the image's names
+    /// with the node's credentials. Returns what remains as it is and why; verify again to see.
+    pub async fn repair(
+        &self,
+        verified: &Verified,
+        in_use: Arc<dyn LayersInUse>,
+    ) -> Result<Vec<String>> {
+        let mut renew = Renew::default();
+        let mut remains = Vec::new();
+        let used: HashSet<Digest> = match self.inner.snapshotter.whiteouts() {
+            // The trees themselves are what containers see.
+            Whiteouts::Overlay => in_use.chains(),
+            Whiteouts::Apply => HashSet::new(),
+        };
+        for fault in &verified.faults {
+            match &fault.what {
+                Faulty::Blob(digest) => renew.blobs.push(digest.clone()),
+                Faulty::Layer(chain) if used.contains(chain) => remains.push(format!(
+                    "layer {chain} stays as it is while containers stand on it"
+                )),
+                Faulty::Layer(chain) => renew.chains.push(chain.clone()),
+            }
+        }
+        if renew.blobs.is_empty() && renew.chains.is_empty() {
+            return Ok(remains);
+        }
+        // By digest: the same image, whatever has become of the tag.
+        let name = verified.names.iter().find(|name| name.contains('@'));
+        let Some(name) = name.or(verified.names.first()) else {
+            remains.push("the image has no name to fetch it by: import it again".to_owned());
+            return Ok(remains);
+        };
+        let reference = name.parse()?;
+        let work = self.inner.clone();
+        let bad = renew.blobs.clone();
+        blocking("blob removal", move || {
+            bad.iter()
+                .try_for_each(|digest| work.content.remove(digest))
+        })
+        .await?;
+        let (credentials, cancel) = (Credentials::default(), Cancel::default());
+        let renewed =
+            crate::pull::renew(&self.inner, &reference, &credentials, &cancel, renew).await;
+        // Also after a failure: what was bad is not wanted back.
+        let work = self.inner.clone();
+        blocking("layer removal", move || work.purge()).await?;
+        let id = renewed?;
+        if id != verified.id {
+            remains.push(format!("{name} is another image by now: {id}"));
+        }
+        Ok(remains)
+    }
+}
+
+fn verify(inner: &Inner, image: &Image) -> Result<Verified> {
+    let mut verified = Verified {
+        id: image.id.clone(),
+        names: image.tags.iter().chain(&image.digests).cloned().collect(),
+        ..Verified::default()
+    };
+    let mut bad = HashSet::new();
+    let layer_blobs: HashSet<&Digest> = image.layer_blobs().iter().collect();
+    for digest in &image.blobs {
+        let reason = match hashed(inner, digest)? {
+            Some((size, true)) => {
+                verified.blobs += 1;
+                verified.bytes += size;
+                continue;
+            }
+            Some((size, false)) => format!("blob {digest}: its {size} bytes have another digest"),
+            // Its layer came from an image that packs it otherwise, or it was not kept.
+            None if layer_blobs.contains(digest) && !missing_layer(inner, image, digest) => {
+                bad.insert(digest.clone());
+                verified.notes.push(format!(
+                    "blob {digest} is not kept, so that its unpacked layer is taken as it is"
+                ));
+                continue;
+            }
+            None => format!("blob {digest} is missing"),
+        };
+        bad.insert(digest.clone());
+        verified.faults.push(Fault {
+            what: Faulty::Blob(digest.clone()),
+            reason,
+        });
+    }
+    // Which layers there are is what manifest and configuration say.
+    if image
+        .blobs
+        .iter()
+        .take(2)
+        .any(|digest| bad.contains(digest))
+    {
+        return Ok(verified);
+    }
+    let layers = install::layers_of(inner, &image.manifest.digest)?;
+    for (n, layer) in layers.iter().enumerate() {
+        if !inner.snapshotter.has_layer(&layer.chain) {
+            verified.notes.push(format!(
+                "layer {} is not unpacked: it will be when a container needs it",
+                layer.chain
+            ));
+        } else if !bad.contains(&layer.blob.digest) {
+            tree(inner, &layers[..n], layer, &mut verified)?;
+        }
+    }
+    Ok(verified)
+}
+
+fn missing_layer(inner: &Inner, image: &Image, blob: &Digest) -> bool {
+    let mut pairs = image.layer_blobs().iter().zip(&image.layers);
+    pairs.any(|(own, chain)| own == blob && !inner.snapshotter.has_layer(chain))
+}
+
+/// Size of a blob and whether its digest is right; `None` if it is not here.
+fn hashed(inner: &Inner, digest: &Digest) -> Result<Option<(u64, bool)>> {
+    if inner.content.size(digest)?.is_none() {
+        return Ok(None);
+    }
+    let mut blob = inner.content.open_blob(digest)?;
+    let mut hasher = Hasher::new(digest.algorithm());
+    let mut buffer = vec![0; 128 << 10];
+    let mut size = 0;
+    loop {
+        let n = blob
+            .read(&mut buffer)
+            .map_err(|e| Error::io(format_args!("blob {digest}"), e))?;
+        if n == 0 {
+            return Ok(Some((size, hasher.is(digest))));
+        }
+        size += n as u64;
+        hasher.update(&buffer[..n]);
+    }
+}
+
+/// Whether a blob that is here has its digest.
+pub fn is_sound(inner: &Inner, digest: &Digest) -> Result<bool> {
+    Ok(hashed(inner, digest)?.is_some_and(|(_, sound)| sound))
+}
+
+/// Unpacks a layer and compares.
+fn tree(inner: &Inner, below: &[Layer], layer: &Layer, verified: &mut Verified) -> Result<()> {
+    let differences = match install::stage_again(inner, below, layer) {
+        Ok(staged) => {
+            let (Some(wanted), Some(found)) =
+                (staged.dir(), inner.snapshotter.layer_dir(&layer.chain))
+            else {
+                return Ok(());
+            };
+            compare::trees(wanted, &found)
+                .map_err(|e| Error::io(format_args!("layer {}", layer.chain), e))?
+        }
+        // Nothing is wrong with the layer when the disk is full.
+        Err(error @ (Error::Io { .. } | Error::Snapshotter(_))) => return Err(error),
+        Err(error) => vec![error.to_string()],
+    };
+    verified.layers += 1;
+    for difference in differences {
+        verified.faults.push(Fault {
+            what: Faulty::Layer(layer.chain.clone()),
+            reason: format!("layer {}: {difference}", layer.chain),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,356 @@
+//! What lies on disk: verified, repaired, collected, discarded, unpacked late.
+
+use std::collections::{HashMap, HashSet};
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::node::{Node, image, not_root, nothing_in_use, options};
+use gantry_images::{Fate, Faulty, ItemKind, Options};
+use gantry_testkit::image::{Image, oci_layout_of, write_tar};
+use gantry_testkit::registry::Registry;
+use gantry_types::{Digest, ErrorKind, Kind};
+
+async fn serve(image: &Image) -> (Registry, String) {
+    let registry = Registry::start().await.unwrap();
+    registry.add("app", "1", image);
+    let name = format!("{}/app:1", registry.host());
+    (registry, name)
+}
+
+fn blob(node: &Node, digest: &Digest) -> PathBuf {
+    node.dir
+        .path()
+        .join("content/blobs/sha256")
+        .join(digest.hex())
+}
+
+fn layers(node: &Node, name: &str) -> Vec<Digest> {
+    node.images.status(name).unwrap().unwrap().layers.clone()
+}
+
+/// Changes a byte, and nothing that a look from outside would see.
+fn garble(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x55;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test]
+async fn every_damage_is_found_and_repaired() {
+    if not_root("every_damage_is_found_and_repaired") {
+        return;
+    }
+    let made = image("one");
+    let (node, (_registry, name)) = (Node::new(), serve(&made).await);
+    let id = node.pull(&name).await.unwrap();
+    let good = node.images.verify(&name).await.unwrap();
+    assert_eq!(
+        (good.faults.as_slice(), good.notes.as_slice()),
+        (&[][..], &[][..])
+    );
+    assert_eq!((good.blobs, good.layers), (4, 2));
+    let chains = layers(&node, &id);
+    let base = || node.layer(&chains[0]);
+
+    type Damage<'a> = (&'a dyn Fn(), &'a str);
+    let damages: [Damage; 7] = [
+        (
+            &|| garble(&blob(&node, &made.manifest.digest)),
+            "another digest",
+        ),
+        (
+            &|| garble(&blob(&node, &made.config.digest)),
+            "another digest",
+        ),
+        (
+            &|| garble(&blob(&node, &made.layers[1].digest)),
+            "another digest",
+        ),
+        // As after a power loss on a file system that has lost the data.
+        (
+            &|| std::fs::write(blob(&node, &made.layers[0].digest), "").unwrap(),
+            "its 0 bytes",
+        ),
+        (
+            &|| std::fs::write(base().join("etc/base"), "BASE").unwrap(),
+            "\"/etc/base\": another content",
+        ),
+        (
+            &|| std::fs::remove_file(base().join("etc/base")).unwrap(),
+            "\"/etc/base\": is missing",
+        ),
+        (
+            &|| std::fs::write(node.layer(&chains[1]).join("new"), "").unwrap(),
+            "\"/new\": should not be there",
+        ),
+    ];
+    for (damage, says) in damages {
+        damage();
+        let bad = node.images.verify(&id).await.unwrap();
+        assert_eq!(bad.faults.len(), 1, "{says}: {:?}", bad.faults);
+        assert!(bad.faults[0].reason.contains(says), "{:?}", bad.faults);
+        let remains = node.images.repair(&bad, nothing_in_use()).await.unwrap();
+        assert_eq!(remains, [""; 0], "{says}");
+        assert_eq!(node.images.verify(&id).await.unwrap(), good, "{says}");
+    }
+    assert_eq!(std::fs::read(base().join("etc/base")).unwrap(), b"base");
+    node.assert_tidy();
+    let node = node.restart();
+    assert_eq!(node.images.verify(&id).await.unwrap(), good);
+    node.remove(&id).await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn a_layer_under_a_container_is_not_replaced() {
+    if not_root("a_layer_under_a_container_is_not_replaced") {
+        return;
+    }
+    let made = image("one");
+    let (node, (_registry, name)) = (Node::new(), serve(&made).await);
+    node.pull(&name).await.unwrap();
+    let chains = layers(&node, &name);
+    let file = node.layer(&chains[0]).join("etc/base");
+    std::fs::write(&file, "BASE").unwrap();
+    let bad = node.images.verify(&name).await.unwrap();
+    assert_eq!(bad.faults[0].what, Faulty::Layer(chains[0].clone()));
+    let used: HashSet<Digest> = [chains[0].clone()].into();
+    let in_use = Arc::new(move || used.clone());
+    let remains = node.images.repair(&bad, in_use).await.unwrap();
+    assert!(remains[0].contains("containers stand on it"), "{remains:?}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"BASE");
+}
+
+#[tokio::test]
+async fn what_is_damaged_heals_on_the_next_pull() {
+    if not_root("what_is_damaged_heals_on_the_next_pull") {
+        return;
+    }
+    let made = image("one");
+    let (node, (_registry, name)) = (Node::new(), serve(&made).await);
+    let id = node.pull(&name).await.unwrap();
+    let chains = layers(&node, &id);
+    let lose_trees = || {
+        for chain in &chains {
+            node.snapshotter.remove_layer(chain).unwrap();
+        }
+        node.snapshotter.purge().unwrap();
+    };
+    let good = {
+        lose_trees();
+        node.pull(&name).await.unwrap();
+        node.images.verify(&id).await.unwrap()
+    };
+    assert_eq!(
+        (good.faults.len(), good.layers),
+        (0, 2),
+        "a tree that was missing"
+    );
+    type Damage<'a> = &'a dyn Fn();
+    let layer = || blob(&node, &made.layers[0].digest);
+    let damages: [Damage; 5] = [
+        &|| garble(&layer()),
+        &|| std::fs::write(layer(), "").unwrap(),
+        &|| std::fs::remove_file(layer()).unwrap(),
+        &|| garble(&blob(&node, &made.config.digest)),
+        &|| std::fs::write(blob(&node, &made.manifest.digest), "").unwrap(),
+    ];
+    for (n, damage) in damages.into_iter().enumerate() {
+        damage();
+        lose_trees();
+        assert_eq!(node.pull(&name).await.unwrap(), id, "damage {n}");
+        assert_eq!(node.images.verify(&id).await.unwrap(), good, "damage {n}");
+    }
+    node.assert_tidy();
+}
+
+#[tokio::test]
+async fn an_image_that_is_only_fetched_is_unpacked_when_it_is_needed() {
+    if not_root("an_image_that_is_only_fetched_is_unpacked_when_it_is_needed") {
+        return;
+    }
+    let (node, made) = (Node::new(), image("one"));
+    let mut archive = Vec::new();
+    write_tar(&oci_layout_of(&made, "r.io/app:1"), &mut archive).unwrap();
+    let names = node.images.import_fetched(Cursor::new(archive), None).await;
+    assert_eq!(names.unwrap(), ["r.io/app:1"]);
+    let listed = node.images.list();
+    assert_eq!((listed.len(), &listed[0].id), (1, &made.id()));
+    assert_eq!(node.names("overlayfs/layers"), [""; 0]);
+    let verified = node.images.verify("r.io/app:1").await.unwrap();
+    assert_eq!((verified.faults.len(), verified.notes.len()), (0, 2));
+    assert!(verified.notes[0].contains("not unpacked"), "{verified:?}");
+
+    let node = node.restart();
+    let used = node.images.use_image("r.io/app:1").unwrap().unwrap();
+    assert!(!node.images.is_unpacked(&used));
+    let (one, two) = tokio::join!(node.images.unpack(&used), node.images.unpack(&used));
+    one.and(two).unwrap();
+    assert!(node.images.is_unpacked(&used));
+    assert!(node.layer(&used.layers[0]).join("etc/base").exists());
+    drop(used);
+    node.assert_tidy();
+    let node = node.restart();
+    node.remove("r.io/app:1").await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn compressed_layers_are_discarded_once_they_are_unpacked() {
+    if not_root("compressed_layers_are_discarded_once_they_are_unpacked") {
+        return;
+    }
+    let discarding = || Options {
+        discard_unpacked_layers: true,
+        ..options()
+    };
+    let made = image("one");
+    let (_registry, name) = serve(&made).await;
+    let node = Node::with(discarding());
+    let id = node.pull(&name).await.unwrap();
+    for layer in &made.layers {
+        assert!(!blob(&node, &layer.digest).exists());
+    }
+    assert!(blob(&node, &made.config.digest).exists());
+    node.assert_tidy();
+    let verified = node.images.verify(&id).await.unwrap();
+    assert_eq!((verified.faults.len(), verified.layers), (0, 0));
+    assert!(
+        verified
+            .notes
+            .iter()
+            .all(|note| note.contains("is not kept"))
+    );
+    let error = node
+        .images
+        .export(std::slice::from_ref(&id), &mut Vec::new())
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    assert!(
+        error.to_string().contains("discard_unpacked_layers"),
+        "{error}"
+    );
+
+    // Found again, and not fetched again.
+    let node = node.restart();
+    assert_eq!(node.pull(&name).await.unwrap(), id);
+    assert!(!blob(&node, &made.layers[0].digest).exists());
+    // Without its unpacked layer it is pulled anew.
+    let chains = layers(&node, &id);
+    let node = node.restart_after(|root| {
+        let layer = root.join("overlayfs/layers").join(chains[1].hex());
+        std::fs::remove_dir_all(layer).unwrap();
+    });
+    assert!(node.images.list().is_empty());
+    assert_eq!(node.pull(&name).await.unwrap(), id);
+    node.remove(&id).await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn another_name_is_there_at_once_and_stays() {
+    if not_root("another_name_is_there_at_once_and_stays") {
+        return;
+    }
+    let (one, two) = (image("one"), image("two"));
+    let (node, (registry, name)) = (Node::new(), serve(&one).await);
+    registry.add("other", "1", &two);
+    node.pull(&name).await.unwrap();
+    let other = node
+        .pull(&format!("{}/other:1", registry.host()))
+        .await
+        .unwrap();
+    for source in [name.as_str(), &one.id(), &one.id()[7..20]] {
+        let tagged = node.images.tag(source, "mine").await.unwrap();
+        assert_eq!(
+            tagged,
+            (one.id(), "docker.io/library/mine:latest".to_owned())
+        );
+    }
+    assert_eq!(node.images.status("mine").unwrap().unwrap().id, one.id());
+    let node = node.restart();
+    assert_eq!(node.images.status("mine").unwrap().unwrap().tags.len(), 2);
+    node.images.tag(&other, "mine:latest").await.unwrap();
+    assert_eq!(node.images.status("mine").unwrap().unwrap().id, two.id());
+    assert_eq!(node.images.status(&one.id()).unwrap().unwrap().tags, [name]);
+    for (source, target, kind) in [
+        ("nothing", "x", ErrorKind::NotFound),
+        ("mine", "UPPER", ErrorKind::InvalidArgument),
+        (
+            "mine",
+            &format!("x@{}", Digest::sha256([1; 32])),
+            ErrorKind::InvalidArgument,
+        ),
+    ] {
+        let error = node.images.tag(source, target).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn an_audit_says_what_a_collection_takes() {
+    if not_root("an_audit_says_what_a_collection_takes") {
+        return;
+    }
+    let node = Node::with(Options {
+        keep_unreferenced: std::time::Duration::ZERO,
+        ..options()
+    });
+    let made = image("one");
+    let (_registry, name) = serve(&made).await;
+    node.pull(&name).await.unwrap();
+    let chains = layers(&node, &name);
+    let on = |chain: &Digest| HashMap::from([(chain.clone(), vec!["container c".to_owned()])]);
+    let items = node.images.audit(on(&chains[0])).await.unwrap();
+    assert!(
+        items.iter().all(|item| item.fate == Fate::Kept),
+        "{items:?}"
+    );
+    let blobs = items.iter().filter(|item| item.kind == ItemKind::Blob);
+    assert_eq!(blobs.count(), 4);
+    let of = |digest: &Digest| {
+        items
+            .iter()
+            .find(|item| item.digest == *digest && item.kind == ItemKind::Layer)
+    };
+    let image_refers = format!("image {name}");
+    assert_eq!(
+        of(&chains[0]).unwrap().referrers,
+        ["container c", &image_refers]
+    );
+    assert_eq!(of(&chains[1]).unwrap().referrers, [image_refers.as_str()]);
+    let layer_bytes: u64 = items
+        .iter()
+        .filter(|item| item.kind == ItemKind::Layer)
+        .map(|item| item.bytes)
+        .sum();
+    let blob_bytes: u64 = items
+        .iter()
+        .filter(|item| item.kind == ItemKind::Blob)
+        .map(|item| item.bytes)
+        .sum();
+    assert_eq!(layer_bytes + blob_bytes, node.images.fs_info().used_bytes);
+
+    // The image goes while a container stands on its base; a stray blob lies about.
+    let used: HashSet<Digest> = [chains[0].clone()].into();
+    let in_use = Arc::new(move || used.clone());
+    node.images.remove(&name, in_use.clone()).await.unwrap();
+    let stray = blob(&node, &made.config.digest);
+    std::fs::write(&stray, &made.config.data).unwrap();
+    let items = node.images.audit(on(&chains[0])).await.unwrap();
+    let told: Vec<_> = items.iter().map(|item| (item.kind, item.fate)).collect();
+    assert_eq!(
+        told,
+        [(ItemKind::Blob, Fate::Goes), (ItemKind::Layer, Fate::Kept)]
+    );
+    assert_eq!(
+        node.images.audit(HashMap::new()).await.unwrap()[1].fate,
+        Fate::Goes
+    );
+    node.images.collect(in_use).await.unwrap();
+    assert!(!stray.exists() && node.snapshotter.has_layer(&chains[0]));
+    node.images.collect(nothing_in_use()).await.unwrap();
+    assert!(!node.snapshotter.has_layer(&chains[0]));
+}
