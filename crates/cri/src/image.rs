@@ -129,24 +129,29 @@ impl ImageService for Images {
         &self,
         _: Request<cri::ImageFsInfoRequest>,
     ) -> Answer<cri::ImageFsInfoResponse> {
-        let info = self.images().fs_info();
-        let usage = cri::FilesystemUsage {
-            timestamp: gantry_supervisor::now_ns(),
-            fs_id: Some(cri::FilesystemIdentifier {
-                mountpoint: info.mountpoint.to_string_lossy().into_owned(),
-            }),
-            used_bytes: Some(cri::UInt64Value {
-                value: info.used_bytes,
-            }),
-            inodes_used: Some(cri::UInt64Value {
-                value: info.inodes_used,
-            }),
-        };
-        // Images and containers share one file system.
+        let images = self.images().fs_info();
+        let containers = self.images().container_fs_info().map_err(status)?;
+        // Mostly images and containers share one file system.
+        let containers = containers.unwrap_or_else(|| images.clone());
         Ok(Response::new(cri::ImageFsInfoResponse {
-            image_filesystems: vec![usage.clone()],
-            container_filesystems: vec![usage],
+            image_filesystems: vec![file_system(images)],
+            container_filesystems: vec![file_system(containers)],
         }))
+    }
+}
+
+fn file_system(info: gantry_images::FsInfo) -> cri::FilesystemUsage {
+    cri::FilesystemUsage {
+        timestamp: gantry_supervisor::now_ns(),
+        fs_id: Some(cri::FilesystemIdentifier {
+            mountpoint: info.mountpoint.to_string_lossy().into_owned(),
+        }),
+        used_bytes: Some(cri::UInt64Value {
+            value: info.used_bytes,
+        }),
+        inodes_used: Some(cri::UInt64Value {
+            value: info.inodes_used,
+        }),
     }
 }
 

@@ -111,6 +111,8 @@ pub struct Images {
     /// Names (globs) of images that are never collected.
     pub pinned: Vec<String>,
     pub snapshotter: SnapshotterName,
+    /// Where images are, if not in `root` with what containers write.
+    pub root: PathBuf,
     /// Compressed layers go once they are unpacked.
     pub discard_unpacked_layers: bool,
     /// Layers of one image that are fetched and unpacked at once.
@@ -268,6 +270,7 @@ impl Default for Images {
             registry_config: "/etc/gantry/certs.d".into(),
             pinned: Vec::new(),
             snapshotter: SnapshotterName::default(),
+            root: PathBuf::new(),
             discard_unpacked_layers: false,
             layers_at_once: 3,
             parallel_downloads: 12,
@@ -371,6 +374,14 @@ impl Config {
         set(&mut self.network.bin_dirs, overrides.cni_bin_dirs);
     }
 
+    /// Where content and layers are.
+    pub fn image_root(&self) -> &Path {
+        match self.images.root.as_os_str().is_empty() {
+            true => &self.root,
+            false => &self.images.root,
+        }
+    }
+
     fn check(&self) -> Result<(), Error> {
         let dirs: [(&'static str, &Path); 5] = [
             ("root", &self.root),
@@ -440,7 +451,8 @@ impl Images {
             let reason = format!("{seconds} is not from 1 to {LONGEST}");
             return Err(Error::Invalid { key, reason });
         }
-        let dirs: [(&'static str, &Path); 2] = [
+        let dirs: [(&'static str, &Path); 3] = [
+            ("images.root", &self.root),
             ("images.docker_config", &self.docker_config),
             ("images.credential_helper_dir", &self.credential_helper_dir),
         ];
@@ -727,6 +739,7 @@ mod tests {
         let file = dir.path().join("config.toml");
         for (text, key) in [
             ("root = 'relative'", "root"),
+            ("[images]\nroot = 'relative'", "images.root"),
             (
                 "[streaming]\ntls = 'files'\nkey = '/k'",
                 "streaming.certificate",

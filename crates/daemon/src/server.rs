@@ -46,6 +46,7 @@ const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 pub async fn run(config: Config) -> Result<()> {
     gantry_sys::fs::umask(0o077);
     private_dir(&config.root, 0o700)?;
+    private_dir(config.image_root(), 0o700)?;
     // Others may pass through to the CRI socket; everything else in there is 0700.
     private_dir(&config.state, 0o711)?;
 
@@ -190,7 +191,7 @@ async fn open_images(
 ) -> Result<Images> {
     let options = image_options(&config.images);
     let (root, store, snapshotter) = (
-        config.root.clone(),
+        config.image_root().to_owned(),
         Arc::clone(store),
         Arc::clone(snapshotter),
     );
@@ -314,7 +315,7 @@ fn settings(config: &Config) -> Result<Settings> {
     let host = host()?;
     // Copies are given the owners that they need.
     let idmapped = match config.images.snapshotter {
-        SnapshotterName::Overlayfs => Some(config.root.as_path()),
+        SnapshotterName::Overlayfs => Some(config.image_root()),
         SnapshotterName::Native => None,
     };
     if let Some(reason) = host.no_user_namespaces(idmapped) {

@@ -16,34 +16,35 @@ use crate::config::{Config, SnapshotterName};
 /// Kernel or file system cannot do overlayfs; or containers of this node have their roots from the
 /// other snapshotter, which would be lost sight of.
 pub fn open(config: &Config) -> Result<Arc<dyn Snapshotter>> {
-    let root = &config.root;
+    let (images, containers) = (config.image_root(), config.root.as_path());
     Ok(match config.images.snapshotter {
         SnapshotterName::Overlayfs => {
-            let overlayfs = Overlayfs::open(root)?;
+            let overlayfs = Overlayfs::open_split(images, containers)?;
             overlayfs
                 .probe()
                 .context("images.snapshotter = \"native\" works on any file system, by copies")?;
-            leave(Native::open, root, "native")?;
+            leave(Native::open_split, images, containers, "native")?;
             Arc::new(overlayfs)
         }
         SnapshotterName::Native => {
-            leave(Overlayfs::open, root, "overlayfs")?;
+            leave(Overlayfs::open_split, images, containers, "overlayfs")?;
             tracing::info!("layers and roots are copies: slower and larger than with overlayfs");
-            Arc::new(Native::open(root)?)
+            Arc::new(Native::open_split(images, containers)?)
         }
     })
 }
 
 /// Deletes the layers of the snapshotter that was configured before: images are unpacked anew.
 fn leave<S: Snapshotter>(
-    open: impl FnOnce(&Path) -> Result<S, gantry_ports::Error>,
-    root: &Path,
+    open: impl FnOnce(&Path, &Path) -> Result<S, gantry_ports::Error>,
+    images: &Path,
+    containers: &Path,
     name: &str,
 ) -> Result<()> {
-    if !root.join(name).exists() {
+    if !images.join(name).exists() && !containers.join(name).exists() {
         return Ok(());
     }
-    let former = open(root)?;
+    let former = open(images, containers)?;
     let snapshots = former.snapshots()?.len();
     if snapshots > 0 {
         bail!(

@@ -87,10 +87,10 @@ impl<F: Fn() -> HashSet<Digest> + Send + Sync> LayersInUse for F {
     }
 }
 
-/// What the images occupy.
+/// What a file system has in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FsInfo {
-    /// A directory on the file system that holds the layers.
+    /// A directory on it.
     pub mountpoint: PathBuf,
     pub used_bytes: u64,
     pub inodes_used: u64,
@@ -137,6 +137,8 @@ pub(crate) struct Inner {
     /// The records lag behind the catalog: a change could not be written down.
     behind: AtomicBool,
     usage: Mutex<HashMap<Digest, Usage>>,
+    /// Where containers write, if that is not the file system of the layers.
+    containers: Option<PathBuf>,
 }
 
 impl Images {
@@ -167,6 +169,7 @@ impl Images {
             changing: tokio::sync::Mutex::default(),
             behind: AtomicBool::new(false),
             usage: Mutex::new(snapshotter.layers()?.into_iter().collect()),
+            containers: own_file_system(snapshotter.as_ref())?,
             store,
             snapshotter,
             options,
@@ -326,6 +329,23 @@ impl Images {
         done
     }
 
+    /// The file system that containers write to, if it is another than that of the layers: what all
+    /// of it has in use (statfs(2)), since to walk what containers wrote would take minutes.
+    pub fn container_fs_info(&self) -> Result<Option<FsInfo>> {
+        let Some(path) = &self.inner.containers else {
+            return Ok(None);
+        };
+        let stat = gantry_sys::fs::statfs(path)
+            .map_err(|e| Error::io(format_args!("statfs {}", path.display()), e))?;
+        let block = u64::try_from(stat.f_bsize).unwrap_or_default();
+        let blocks = stat.f_blocks.saturating_sub(stat.f_bfree);
+        Ok(Some(FsInfo {
+            mountpoint: path.clone(),
+            used_bytes: blocks.saturating_mul(block),
+            inodes_used: stat.f_files.saturating_sub(stat.f_ffree),
+        }))
+    }
+
     /// Space and inodes of all layers and blobs, as counted when they were made. From memory.
     pub fn fs_info(&self) -> FsInfo {
         let (blob_bytes, blobs) = self.inner.content.used();
@@ -340,6 +360,18 @@ impl Images {
             inodes_used: layers.inodes.saturating_add(blobs),
         }
     }
+}
+
+/// Where containers write, if that is not the file system of the layers.
+fn own_file_system(snapshotter: &dyn Snapshotter) -> Result<Option<PathBuf>> {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path: &Path| {
+        let metadata = std::fs::metadata(path);
+        metadata.map_err(|e| Error::io(format_args!("stat {}", path.display()), e))
+    };
+    let containers = snapshotter.containers();
+    let same = device(containers)?.dev() == device(snapshotter.root())?.dev();
+    Ok((!same).then(|| containers.to_owned()))
 }
 
 /// Runs blocking work on a thread for it.

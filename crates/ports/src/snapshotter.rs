@@ -77,6 +77,9 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Directory whose file system holds the layers (for ImageFsInfo).
     fn root(&self) -> &Path;
 
+    /// Directory whose file system holds what containers write; may be that of [`Snapshotter::root`].
+    fn containers(&self) -> &Path;
+
     fn whiteouts(&self) -> Whiteouts;
 
     fn has_layer(&self, chain: &Digest) -> bool;

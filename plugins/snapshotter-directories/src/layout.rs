@@ -13,9 +13,11 @@ use gantry_types::{ContainerId, Digest};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-/// Where everything is below one root.
+/// Where everything is: layers below one root, and what is containers' own below another or the
+/// same. What is made is made beside the place where it goes, so that a rename puts it there.
 pub struct Layout {
-    root: PathBuf,
+    images: PathBuf,
+    containers: PathBuf,
     /// Names of stages and trash: unique within the process, and [`Layout::clean`] empties both
     /// directories before the first is given out.
     serial: AtomicU64,
@@ -24,35 +26,55 @@ pub struct Layout {
 impl Layout {
     /// Opens the directories below `root`, or makes them.
     pub fn open(root: &Path) -> Result<Self, Error> {
+        Self::open_split(root, root)
+    }
+
+    /// As [`Layout::open`], with what is containers' own below `containers`, on a file system of its
+    /// own perhaps.
+    pub fn open_split(images: &Path, containers: &Path) -> Result<Self, Error> {
         let layout = Self {
-            root: root.to_owned(),
+            images: images.to_owned(),
+            containers: containers.to_owned(),
             serial: AtomicU64::new(0),
         };
         for dir in [
-            root.to_owned(),
+            images.to_owned(),
             layout.layers(),
-            layout.stages(),
+            containers.to_owned(),
             layout.snapshots(),
-            layout.trash(),
         ] {
             make(&dir)?;
+        }
+        for root in layout.roots() {
+            make(&root.join(STAGES))?;
+            make(&root.join(TRASH))?;
         }
         Ok(layout)
     }
 
+    fn roots(&self) -> [&Path; 2] {
+        [&self.images, &self.containers]
+    }
+
     /// A directory of the implementation's own, made if absent.
     pub fn directory(&self, name: impl AsRef<Path>) -> Result<PathBuf, Error> {
-        let dir = self.root.join(name);
+        let dir = self.images.join(name);
         make(&dir)?;
         Ok(dir)
     }
 
+    /// Holds the layers.
     pub fn root(&self) -> &Path {
-        &self.root
+        &self.images
+    }
+
+    /// Holds what is containers' own.
+    pub fn containers(&self) -> &Path {
+        &self.containers
     }
 
     pub fn layers(&self) -> PathBuf {
-        self.root.join("layers")
+        self.images.join("layers")
     }
 
     /// A SHA-256 chain id is 64 digits and a SHA-512 one is 128, so the digits alone tell.
@@ -60,26 +82,27 @@ impl Layout {
         self.layers().join(chain.hex())
     }
 
-    pub fn stages(&self) -> PathBuf {
-        self.root.join("stages")
-    }
-
     pub fn snapshots(&self) -> PathBuf {
-        self.root.join("snapshots")
+        self.containers.join("snapshots")
     }
 
     pub fn snapshot(&self, container: &ContainerId) -> PathBuf {
         self.snapshots().join(container.as_str())
     }
 
-    pub fn trash(&self) -> PathBuf {
-        self.root.join("trash")
+    /// A new directory, mode 0700, for what becomes a layer.
+    pub fn new_stage(&self) -> Result<PathBuf, Error> {
+        self.new_stage_in(&self.images)
     }
 
-    /// A new directory, mode 0700, below `stages`.
-    pub fn new_stage(&self) -> Result<PathBuf, Error> {
+    /// A new directory, mode 0700, for what becomes a container's own.
+    pub fn new_stage_of_containers(&self) -> Result<PathBuf, Error> {
+        self.new_stage_in(&self.containers)
+    }
+
+    fn new_stage_in(&self, root: &Path) -> Result<PathBuf, Error> {
         loop {
-            let dir = self.stages().join(self.next().to_string());
+            let dir = root.join(STAGES).join(self.next().to_string());
             match DirBuilder::new().mode(0o700).create(&dir) {
                 Ok(()) => return Ok(dir),
                 // Left by another instance over the same root that has not been cleaned.
@@ -91,8 +114,12 @@ impl Layout {
 
     /// Renames `path` into the trash; `None` if it does not exist.
     pub fn discard(&self, path: &Path) -> Result<Option<PathBuf>, Error> {
+        // A rename does not leave its file system.
+        let own =
+            path.starts_with(self.snapshots()) || path.starts_with(self.containers.join(STAGES));
+        let root = if own { &self.containers } else { &self.images };
         loop {
-            let to = self.trash().join(self.next().to_string());
+            let to = root.join(TRASH).join(self.next().to_string());
             match fs::rename(path, &to) {
                 Ok(()) => return Ok(Some(to)),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -116,18 +143,24 @@ impl Layout {
 
     /// Deletes what is in the trash. All of it is tried; the first failure is returned.
     pub fn purge(&self) -> Result<(), Error> {
-        empty(&self.trash())
+        let [images, containers] = self.roots();
+        empty(&images.join(TRASH)).and(empty(&containers.join(TRASH)))
     }
 
     /// Removes stages and trash of a process that is gone.
     pub fn clean(&self) -> Result<(), Error> {
-        empty(&self.stages()).and(empty(&self.trash()))
+        let [images, containers] = self.roots();
+        let stages = empty(&images.join(STAGES)).and(empty(&containers.join(STAGES)));
+        stages.and(self.purge())
     }
 
     fn next(&self) -> u64 {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
 }
+
+const STAGES: &str = "stages";
+const TRASH: &str = "trash";
 
 fn make(dir: &Path) -> Result<(), Error> {
     DirBuilder::new()

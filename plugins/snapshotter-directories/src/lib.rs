@@ -8,6 +8,9 @@
 //!        trash/                                renamed away, being deleted
 //! ```
 //!
+//! `snapshots` may be below a root of its own, with `stages` and `trash` of its own: images on one
+//! file system, what containers write on another.
+//!
 //! Every directory above a layer's `fs` is 0700: files of images keep their owners and set-id bits,
 //! so no other user of the host may reach them (CVE-2021-41103).
 //! A directory appears under `layers` or `snapshots` by rename of a finished one, so that what is

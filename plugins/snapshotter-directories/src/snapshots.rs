@@ -23,7 +23,7 @@ pub fn prepare(
     if to.exists() {
         return Ok(());
     }
-    let stage = layout.new_stage()?;
+    let stage = layout.new_stage_of_containers()?;
     match fill(&stage).and_then(|()| {
         fs::rename(&stage, &to).map_err(|e| Error::io(format_args!("create {}", to.display()), e))
     }) {

@@ -30,7 +30,12 @@ pub struct Native {
 impl Native {
     /// Opens or makes `<root>/native`.
     pub fn open(root: &Path) -> Result<Self, Error> {
-        let layout = Layout::open(&root.join("native"))?;
+        Self::open_split(root, root)
+    }
+
+    /// As [`Native::open`], with what is containers' own below `containers`.
+    pub fn open_split(images: &Path, containers: &Path) -> Result<Self, Error> {
+        let layout = Layout::open_split(&images.join("native"), &containers.join("native"))?;
         layout.directory(views::DIRECTORY)?;
         // What an image without layers is a copy of.
         let empty = layout.directory(EMPTY)?;
@@ -57,6 +62,10 @@ impl Snapshotter for Native {
 
     fn root(&self) -> &Path {
         self.layout.root()
+    }
+
+    fn containers(&self) -> &Path {
+        self.layout.containers()
     }
 
     fn whiteouts(&self) -> Whiteouts {

@@ -208,5 +208,25 @@ fn a_layer_counts_with_what_is_below_it() {
     assert!(of(&base).bytes >= 100_000 && of(&top).bytes > of(&base).bytes);
     assert_eq!((of(&base).inodes, of(&top).inodes), (2, 3));
     assert!(s.stage(&digest(3), Some(&digest(99))).is_err());
-    assert_eq!(fs::read_dir(s.layout.stages()).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(s.layout.root().join("stages"))
+            .unwrap()
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn native_keeps_the_contract_on_two_file_systems() {
+    const NAME: &str = "native_keeps_the_contract_on_two_file_systems";
+    if not_root(NAME) {
+        return;
+    }
+    let work = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir_in("/dev/shm").unwrap();
+    gantry_ports::testsuite::snapshotter::run(
+        |root| Box::new(Native::open_split(other.path(), root).unwrap()),
+        work.path(),
+    );
+    assert!(!work.path().join("root/native/layers").exists());
 }

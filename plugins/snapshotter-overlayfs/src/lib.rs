@@ -24,7 +24,12 @@ pub struct Overlayfs {
 impl Overlayfs {
     /// Opens or makes `<root>/overlayfs`.
     pub fn open(root: &Path) -> Result<Self, Error> {
-        let layout = Layout::open(&root.join("overlayfs"))?;
+        Self::open_split(root, root)
+    }
+
+    /// As [`Overlayfs::open`], with what is containers' own below `containers`.
+    pub fn open_split(images: &Path, containers: &Path) -> Result<Self, Error> {
+        let layout = Layout::open_split(&images.join("overlayfs"), &containers.join("overlayfs"))?;
         snapshots::empty(&layout, 0)?;
         snapshots::empty(&layout, 1)?;
         Ok(Self { layout })
@@ -44,6 +49,10 @@ impl Snapshotter for Overlayfs {
 
     fn root(&self) -> &Path {
         self.layout.root()
+    }
+
+    fn containers(&self) -> &Path {
+        self.layout.containers()
     }
 
     fn whiteouts(&self) -> Whiteouts {
@@ -147,6 +156,21 @@ mod tests {
             |root| Box::new(Overlayfs::open(root).unwrap()),
             work.path(),
         );
+    }
+
+    #[test]
+    fn it_keeps_the_contract_on_two_file_systems() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIP it_keeps_the_contract_on_two_file_systems: mounting needs root");
+            return;
+        }
+        let work = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir_in("/dev/shm").unwrap();
+        gantry_ports::testsuite::snapshotter::run(
+            |root| Box::new(Overlayfs::open_split(other.path(), root).unwrap()),
+            work.path(),
+        );
+        assert!(!work.path().join("root/overlayfs/layers").exists());
     }
 
     #[test]

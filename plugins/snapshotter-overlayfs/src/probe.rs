@@ -14,13 +14,13 @@ use crate::mount::{Overlay, Writable, overlay};
 /// where overlayfs is missing, where mounting is not allowed, and where the file system of `layout`
 /// cannot be its upper one (overlayfs itself, NFS) or has no whiteouts.
 pub fn probe(layout: &Layout) -> Result<(), Error> {
-    let stage = layout.new_stage()?;
+    let stage = layout.new_stage_of_containers()?;
     let tried = gantry_sys::namespace::in_own_mounts(|| attempt(&stage))
         .map_err(|error| format!("unshare: {error}"))
         .and_then(|tried| tried);
     layout.delete(&stage)?;
     tried.map_err(|reason| {
-        let root = layout.root().display();
+        let root = layout.containers().display();
         Error::new(
             ErrorKind::FailedPrecondition,
             format!("overlayfs cannot be used at {root}: {reason}"),
@@ -68,7 +68,10 @@ mod tests {
             println!("SKIP {NAME}: {error}");
             return;
         }
-        assert_eq!(fs::read_dir(layout.stages()).unwrap().count(), 0);
+        assert_eq!(
+            fs::read_dir(layout.root().join("stages")).unwrap().count(),
+            0
+        );
 
         // On overlayfs itself, as in a node that is a container.
         for dir in ["lower", "upper", "work", "merged"] {
@@ -86,7 +89,7 @@ mod tests {
         overlay(&dirs, &merged).unwrap();
         let layout = Layout::open(&merged.join("root")).unwrap();
         let probed = probe(&layout);
-        let left = fs::read_dir(layout.stages()).unwrap().count();
+        let left = fs::read_dir(layout.root().join("stages")).unwrap().count();
         gantry_snapshotter_directories::mounts::unmount(&merged).unwrap();
         let error = probed.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedPrecondition, "{error}");

@@ -1,7 +1,12 @@
 //! Images between registry and container.
 
-use gantry_integration::{Node, busybox_image, eventually, on_plain_node, refused, sleeper};
-use gantry_testkit::cri::v1::{AuthConfig, ImageSpec, PullImageRequest};
+use gantry_integration::{
+    Node, busybox_image, eventually, on_node, on_plain_node, refused, sleeper,
+};
+use gantry_testkit::cri::v1::{
+    AuthConfig, FilesystemUsage, ImageFsInfoRequest, ImageSpec, PullImageRequest,
+};
+use gantry_testkit::daemon::Options;
 use gantry_testkit::image::{Compression, ImageBuilder, Layer, Types, index};
 use gantry_testkit::registry::Auth;
 use tonic::Code;
@@ -173,6 +178,44 @@ fn an_image_may_go_before_its_container() {
         let image = node.busybox().await;
         let id = node.run(&pod, &sleeper("c", &image)).await;
         assert_eq!(node.sh(&id, "echo x").await, "x");
+    });
+}
+
+/// Images on a file system of their own, as the kubelet's split disk has it.
+#[test]
+fn images_and_containers_on_two_file_systems() {
+    const NAME: &str = "images_and_containers_on_two_file_systems";
+    let images = tempfile::tempdir_in("/dev/shm").unwrap();
+    let config = format!("[images]\nroot = {:?}\n", images.path());
+    on_node(NAME, Options::default().config(&config), async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("split").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        node.sh(&id, "dd if=/dev/zero of=/big bs=1M count=3").await;
+        node.kill_and_start_again().await;
+        assert_eq!(node.sh(&id, "wc -c < /big").await, "3145728");
+        let request = ImageFsInfoRequest {};
+        let info = node.client.images.clone().image_fs_info(request).await;
+        let info = info.unwrap().into_inner();
+        let place = |of: &[FilesystemUsage]| of[0].fs_id.clone().unwrap().mountpoint;
+        let own = place(&info.image_filesystems);
+        assert!(
+            std::path::Path::new(&own).starts_with(images.path()),
+            "{own}"
+        );
+        let others = place(&info.container_filesystems);
+        let root = &node.daemon.places().root;
+        assert!(std::path::Path::new(&others).starts_with(root), "{others}");
+        let used = |of: &[FilesystemUsage]| of[0].used_bytes.unwrap().value;
+        assert!(used(&info.image_filesystems) > 1 << 20);
+        assert!(used(&info.container_filesystems) > 3 << 20);
+        let snapshot = root.join("overlayfs/snapshots").join(&id).join("fs/big");
+        assert_eq!(std::fs::metadata(snapshot).unwrap().len(), 3 << 20);
+        assert!(!root.join("content").exists() && !root.join("overlayfs/layers").exists());
+        node.client.remove(&id).await.unwrap();
+        node.client.remove_image(&image).await.unwrap();
+        let left = gantry_testkit::leakcheck::names(&images.path().join("overlayfs/layers"));
+        assert!(left.is_empty());
     });
 }
 
