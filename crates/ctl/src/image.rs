@@ -14,6 +14,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
+use crate::progress::Progress;
+
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Import an OCI layout or `docker save` archive, a tar; `-` reads standard input
@@ -229,14 +231,24 @@ async fn import(
     name: Option<String>,
     no_unpack: bool,
 ) -> Result<()> {
+    let mut size = None;
     let reader: Box<dyn AsyncRead + Send + Unpin> = if file == Path::new("-") {
         Box::new(tokio::io::stdin())
     } else {
         let opened = tokio::fs::File::open(file).await;
-        Box::new(opened.with_context(|| format!("open {}", file.display()))?)
+        let opened = opened.with_context(|| format!("open {}", file.display()))?;
+        size = opened.metadata().await.ok().map(|metadata| metadata.len());
+        Box::new(opened)
     };
+    let progress = Progress::new("import", size);
     let (sender, receiver) = tokio::sync::mpsc::channel(4);
-    let reading = tokio::spawn(read(reader, name.unwrap_or_default(), no_unpack, sender));
+    let reading = tokio::spawn(read(
+        reader,
+        name.unwrap_or_default(),
+        no_unpack,
+        progress,
+        sender,
+    ));
     let answer = ImagesClient::new(channel)
         .import(ReceiverStream::new(receiver))
         .await;
@@ -255,6 +267,7 @@ async fn read(
     mut reader: impl AsyncRead + Unpin,
     mut name: String,
     no_unpack: bool,
+    mut progress: Progress,
     sender: tokio::sync::mpsc::Sender<ImportRequest>,
 ) -> std::io::Result<()> {
     loop {
@@ -264,6 +277,7 @@ async fn read(
             return Ok(());
         }
         data.truncate(n);
+        progress.add(n);
         let message = ImportRequest {
             name: std::mem::take(&mut name),
             data,
@@ -287,9 +301,11 @@ async fn export(channel: Channel, names: Vec<String>, output: &Path) -> Result<(
         let created = tokio::fs::File::create(output).await;
         Box::new(created.with_context(|| format!("create {}", output.display()))?)
     };
+    let mut progress = Progress::new("export", None);
     let write = async {
         while let Some(message) = messages.message().await.map_err(status)? {
             writer.write_all(&message.data).await?;
+            progress.add(message.data.len());
         }
         writer.flush().await?;
         anyhow::Ok(())

@@ -1,6 +1,7 @@
 //! gantryctl: what crictl cannot do.
 
 mod image;
+mod progress;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
