@@ -119,15 +119,17 @@ impl Channel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues what the client sent. Bytes that nobody will read count as consumed.
-    pub fn deliver(&self, bytes: &[u8]) {
+    /// Queues what the client sent; whether that is more than the window allows. Bytes that nobody
+    /// will read count as consumed.
+    pub fn deliver(&self, bytes: &[u8]) -> bool {
         let mut state = self.lock();
         if state.input_dropped || state.incoming_end.is_some() {
             state.consumed += bytes.len();
-            return;
+            return false;
         }
         state.incoming.extend_from_slice(bytes);
         wake(&mut state.reader);
+        state.incoming.len() > WINDOW
     }
 
     /// More is queued than the window allows: the session reads no further until this is false.
@@ -181,6 +183,13 @@ impl Channel {
     /// Bytes that were consumed since the last call.
     pub fn take_consumed(&self) -> usize {
         std::mem::take(&mut self.lock().consumed)
+    }
+
+    /// Bytes that were consumed since the last call, and those that wait: one look, since a user that
+    /// reads in between would be counted twice.
+    pub fn take_held(&self) -> usize {
+        let mut state = self.lock();
+        state.incoming.len() + std::mem::take(&mut state.consumed)
     }
 
     pub fn input_dropped(&self) -> bool {

@@ -16,6 +16,10 @@ pub(crate) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {
     /// The client has closed its end. A session that does not read, since its user does not, would
     /// not notice otherwise.
     fn peer_closed(&self) -> bool;
+
+    /// Bytes that were handed to the kernel and have not reached the client's machine. Closing the
+    /// connection while the client still sends throws them away.
+    fn unsent(&self) -> usize;
 }
 
 pub(crate) enum Conn {
@@ -38,13 +42,18 @@ pub(crate) fn prepare(tcp: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-impl Transport for Conn {
-    fn peer_closed(&self) -> bool {
-        let tcp = match self {
+impl Conn {
+    fn tcp(&self) -> &TcpStream {
+        match self {
             Conn::Plain(tcp) => tcp,
             Conn::Tls(tls) => tls.get_ref().0,
-        };
-        let mut fds = [PollFd::new(tcp, PollFlags::RDHUP)];
+        }
+    }
+}
+
+impl Transport for Conn {
+    fn peer_closed(&self) -> bool {
+        let mut fds = [PollFd::new(self.tcp(), PollFlags::RDHUP)];
         let at_once = Timespec {
             tv_sec: 0,
             tv_nsec: 0,
@@ -52,6 +61,11 @@ impl Transport for Conn {
         let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         // A poll that fails says nothing about the peer.
         poll(&mut fds, Some(&at_once)).is_ok() && fds[0].revents().intersects(closed)
+    }
+
+    fn unsent(&self) -> usize {
+        // A socket that cannot say has nothing that anybody could wait for.
+        gantry_sys::socket::unsent(self.tcp()).unwrap_or(0)
     }
 }
 
@@ -110,6 +124,10 @@ impl<T> Upgraded<T> {
 impl<T: Transport> Transport for Upgraded<T> {
     fn peer_closed(&self) -> bool {
         self.inner.peer_closed()
+    }
+
+    fn unsent(&self) -> usize {
+        self.inner.unsent()
     }
 }
 

@@ -175,7 +175,11 @@ async fn forward_pairs(
                 });
                 if half.slot(kind).is_some() {
                     next.output.channel().abort();
-                    complain(half.error.as_mut(), "two streams of one type for a connection").await;
+                    // Once: what is said again and again fills the queue of who does not read.
+                    if let Some(mut half) = halves.remove(&id) {
+                        let what = "two streams of one type for a connection";
+                        complain(half.error.as_mut(), what).await;
+                    }
                     continue;
                 }
                 *half.slot(kind) = Some(next);

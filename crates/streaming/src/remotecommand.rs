@@ -245,14 +245,24 @@ async fn run(
         }
         std::future::pending().await
     };
+    // Who takes back the stream for the result has no use for the rest.
+    let result = error.channel();
+    let taken_back = async {
+        result.gone().await;
+        control.set_gone();
+        std::future::pending().await
+    };
     // A client that is told nothing takes that for success.
     let call = AssertUnwindSafe(call(command, streams, backend)).catch_unwind();
     let outcome = tokio::select! {
+        // A size that waits already is seen before the command starts.
+        biased;
+        never = resizes => never,
+        never = taken_back => never,
         outcome = call => outcome.unwrap_or_else(|_| Outcome::Failed {
             what: "streaming",
             error: Error::internal("it panicked, see the log"),
         }),
-        never = resizes => never,
     };
     control.set_ending(true);
     // Some clients take the result for the end of everything.

@@ -34,7 +34,8 @@ pub(crate) async fn pump(mut input: Input, sizes: watch::Sender<Option<TerminalS
             match objects.next() {
                 Some(Ok(Size { width, height })) => {
                     used = objects.byte_offset();
-                    sizes.send_replace(Some(TerminalSize { width, height }));
+                    let new = Some(TerminalSize { width, height });
+                    sizes.send_if_modified(|size| std::mem::replace(size, new) != new);
                 }
                 Some(Err(error)) if error.is_eof() => break,
                 Some(Err(error)) => {

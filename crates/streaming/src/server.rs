@@ -264,6 +264,8 @@ enum Plan {
 /// One connection, from accept to end.
 async fn connection(tcp: TcpStream, shared: Arc<Shared>, guest: Guest) {
     let admitted = tokio::select! {
+        // Who has used up its token in this moment cannot come again.
+        biased;
         admitted = admit(tcp, &shared, &guest) => admitted,
         () = guest.pushed_out() => {
             return tracing::warn!("too many streaming connections without a token: the oldest is closed");
@@ -311,9 +313,13 @@ async fn admit(tcp: TcpStream, shared: &Shared, guest: &Guest) -> Option<Admitte
         return None;
     }
     let limit = shared.limits.request_timeout;
+    let mut stop = shared.stop.clone();
     let conn = match &shared.tls {
         None => Conn::Plain(tcp),
-        Some(tls) => match timeout(limit, tls.acceptor().accept(tcp)).await {
+        Some(tls) => match tokio::select! {
+            accepted = timeout(limit, tls.acceptor().accept(tcp)) => accepted,
+            () = stopped(&mut stop) => return None,
+        } {
             Ok(Ok(tls)) => Conn::Tls(Box::new(tls)),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "streaming: TLS handshake");

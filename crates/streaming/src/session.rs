@@ -10,8 +10,11 @@ use tokio::time::Instant;
 use crate::backend::Client;
 use crate::server::Limits;
 
-/// Longest that a session waits, at its end, for the client to take the last bytes and hang up.
+/// Longest that a session waits, at its end, for a client to hang up that has been sent everything.
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
+
+/// How often a session that ends looks what has reached the client's machine.
+pub(crate) const LOOK: Duration = Duration::from_millis(50);
 
 /// How often a session that does not read looks whether its client is still there. The end of a
 /// client that was still sending is not to be seen, since it comes behind what is not read: so it is
@@ -111,6 +114,14 @@ impl Idle {
         self.sent = self.moved;
     }
 
+    /// For a session that ended so.
+    pub fn farewell(&self, end: &End) -> Farewell {
+        Farewell::new(match end {
+            End::Done => self.drain,
+            End::Gone | End::Idle | End::Stopped | End::Broken(_) => LINGER.min(self.drain),
+        })
+    }
+
     /// When the session's time is up; `draining` says that all that is left is for the client to
     /// take what waits. Whatever it sends then is no sign of that.
     pub fn deadline(&mut self, draining: bool) -> Instant {
@@ -120,6 +131,52 @@ impl Idle {
             return idle;
         }
         idle.min(self.sent + self.drain)
+    }
+}
+
+/// The time that a client gets, at the end of its session, to take what was sent to it last.
+///
+/// A socket that is closed with input unread answers with a reset, which throws away what its own
+/// queue still holds: the end of the output, and the result. So nothing is closed before all has
+/// reached the client's machine, and until then everything is read that it still sends.
+pub(crate) struct Farewell {
+    patience: Duration,
+    left: usize,
+    pub deadline: Instant,
+}
+
+impl Farewell {
+    /// `patience` is how long a client may take nothing.
+    pub fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            left: usize::MAX,
+            deadline: Instant::now() + patience,
+        }
+    }
+
+    /// So many bytes have not reached the client's machine.
+    pub fn left(&mut self, left: usize) {
+        if left >= self.left {
+            return;
+        }
+        self.left = left;
+        let patience = match left {
+            // It hangs up when it has read the end. Who said so first would cut off what a proxy in
+            // between has yet to pass on.
+            0 => LINGER,
+            _ => self.patience,
+        };
+        self.deadline = Instant::now() + patience;
+    }
+
+    pub fn delivered(&self) -> bool {
+        self.left == 0
+    }
+
+    pub fn hurry(&mut self) {
+        self.patience = self.patience.min(LINGER);
+        self.deadline = self.deadline.min(Instant::now() + LINGER);
     }
 }
 

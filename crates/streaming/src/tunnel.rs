@@ -34,6 +34,10 @@ impl<T: Transport> Transport for Tunnel<T> {
     fn peer_closed(&self) -> bool {
         self.socket.get_ref().peer_closed()
     }
+
+    fn unsent(&self) -> usize {
+        self.socket.get_ref().unsent()
+    }
 }
 
 fn failed(error: Error) -> io::Error {

@@ -8,9 +8,9 @@ use std::task::{Context, Poll};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::{BufMut, Bytes, BytesMut};
-use futures::{Sink, SinkExt, Stream, StreamExt};
+use futures::{Sink, Stream};
 use tokio::sync::watch;
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite;
 use tungstenite::Message;
@@ -21,7 +21,7 @@ use crate::channel::{Channel, Input, Output, SESSION_WINDOW};
 use crate::conn::Transport;
 use crate::negotiate::Encoding;
 use crate::server::Limits;
-use crate::session::{Control, End, Idle, LINGER, PROBE, stopped};
+use crate::session::{Control, End, Farewell, Idle, LOOK, PROBE, stopped};
 
 /// Longest message that is taken: a mebibyte and its channel's number. Clients that send a file at
 /// once make long ones.
@@ -135,14 +135,47 @@ impl<T: Transport> Session<T> {
             End::Broken(_) => CloseCode::Protocol,
             End::Gone => return end,
         };
-        close(self.socket, code).await;
+        let farewell = self.idle.farewell(&end);
+        self.say_goodbye(code, farewell).await;
         end
+    }
+
+    /// Says goodbye after all that was sent, and waits for the client to do so too.
+    async fn say_goodbye(&mut self, code: CloseCode, mut farewell: Farewell) {
+        let reason = "".into();
+        self.pending = Some(Message::Close(Some(CloseFrame { code, reason })));
+        let mut stop = self.stop.clone();
+        let (mut reading, mut hurried) = (true, false);
+        loop {
+            let waits = usize::from(self.pending.is_some()) + usize::from(self.unflushed);
+            farewell.left(waits + self.socket.get_ref().unsent());
+            tokio::select! {
+                step = self.step(reading) => match step {
+                    // Whatever it still sends is for nobody.
+                    Step::Read(_) | Step::Wrote => {}
+                    // What it sends makes no sense, or it sends no more; it may still read.
+                    Step::Closed | Step::Broken(_) if reading && !farewell.delivered() => {
+                        reading = false;
+                        farewell.hurry();
+                    }
+                    Step::Closed | Step::Broken(_) => return,
+                },
+                () = sleep(LOOK), if !farewell.delivered() => {}
+                () = sleep_until(farewell.deadline) => return,
+                () = stopped(&mut stop), if !hurried => {
+                    hurried = true;
+                    farewell.hurry();
+                }
+            }
+        }
     }
 
     async fn serve(&mut self) -> End {
         let control = self.control.clone();
         let mut stop = self.stop.clone();
         let mut probing = false;
+        // Kept over other events, which may come all the time.
+        let mut probe_at = None;
         loop {
             let closing = control.closing();
             if self.pending.is_none() {
@@ -152,6 +185,11 @@ impl<T: Transport> Session<T> {
                 return End::Done;
             }
             let stalled = self.stalled();
+            probe_at = match (stalled, probe_at) {
+                (false, _) => None,
+                (true, None) => Some(Instant::now() + PROBE),
+                (true, at) => at,
+            };
             let owes = self.pending.is_some() || self.unflushed;
             let deadline = self.idle.deadline(control.ending() && owes);
             tokio::select! {
@@ -171,7 +209,8 @@ impl<T: Transport> Session<T> {
                 () = control.notify.notified() => {}
                 () = sleep_until(deadline) => return End::Idle,
                 () = stopped(&mut stop) => return End::Stopped,
-                () = sleep(PROBE), if stalled => {
+                () = sleep_until(probe_at.unwrap_or(deadline)), if stalled => {
+                    probe_at = None;
                     if self.socket.get_ref().peer_closed() {
                         control.set_gone();
                     }
@@ -332,18 +371,4 @@ impl Options {
             }
         }
     }
-}
-
-/// Says goodbye and waits a while for the client to do so too.
-pub(crate) async fn close<T: Transport>(mut socket: WebSocketStream<T>, code: CloseCode) {
-    let reason = "".into();
-    let end = async {
-        socket
-            .send(Message::Close(Some(CloseFrame { code, reason })))
-            .await?;
-        while socket.next().await.transpose()?.is_some() {}
-        Result::<(), tungstenite::Error>::Ok(())
-    };
-    // Nobody is left who could be told that this failed.
-    let _ = timeout(LINGER, end).await;
 }

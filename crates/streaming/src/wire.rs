@@ -6,17 +6,15 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadBuf};
-use tokio::time::timeout;
+use tokio::io::{AsyncWriteExt, ReadBuf};
+use tokio::sync::watch;
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::conn::Transport;
-use crate::session::LINGER;
+use crate::session::{Farewell, LINGER, LOOK, stopped};
 
 /// Bytes that one read takes at most.
 const READ: usize = 16 * 1024;
-
-/// Bytes that are read and thrown away, at most, while the client takes the last ones.
-const DISCARD: usize = 1024 * 1024;
 
 pub(crate) struct Wire<T> {
     io: T,
@@ -105,23 +103,45 @@ impl<T: Transport> Wire<T> {
         !self.unflushed
     }
 
-    /// Sends the rest of `out`, says that no more comes, and waits a while for the client to hang up:
-    /// a socket that is closed with bytes unread takes what the client has not read yet along.
-    pub async fn close(mut self, out: &BytesMut) {
-        let end = async {
-            self.io.write_all(out).await?;
-            self.io.flush().await?;
-            self.io.shutdown().await?;
-            let mut discarded = 0;
-            while discarded < DISCARD {
-                match self.io.read(&mut self.buffer).await? {
-                    0 => break,
-                    count => discarded += count,
+    /// Sends the rest of `out`, waits for it to reach the client and for the client to hang up, and
+    /// closes the connection.
+    pub async fn close(
+        mut self,
+        mut out: BytesMut,
+        mut farewell: Farewell,
+        stop: &mut watch::Receiver<bool>,
+    ) {
+        let (mut reading, mut hurried, mut shut) = (true, false, false);
+        loop {
+            farewell.left(out.len() + usize::from(self.unflushed) + self.io.unsent());
+            tokio::select! {
+                step = self.step(reading, &mut out) => match step {
+                    Ok(Step::Read(_)) => self.input.clear(),
+                    Ok(Step::Wrote) => {}
+                    Ok(Step::Closed) if farewell.delivered() => break,
+                    // It sends no more, and may still read.
+                    Ok(Step::Closed) => {
+                        reading = false;
+                        farewell.hurry();
+                    }
+                    // Nobody is left who could be told.
+                    Err(_) => return,
+                },
+                // A client that is silent is told by the connection too. For one that still sends, a
+                // proxy would take that for the end of both ways, and lose what it has not passed on.
+                () = sleep(LOOK), if !shut => if farewell.delivered() {
+                    shut = true;
+                    if self.io.shutdown().await.is_err() {
+                        return;
+                    }
+                },
+                () = sleep_until(farewell.deadline) => break,
+                () = stopped(stop), if !hurried => {
+                    hurried = true;
+                    farewell.hurry();
                 }
             }
-            io::Result::Ok(())
-        };
-        // Nobody is left who could be told that this failed.
-        let _ = timeout(LINGER, end).await;
+        }
+        let _ = timeout(LINGER, self.io.shutdown()).await;
     }
 }

@@ -3,7 +3,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -36,6 +36,24 @@ pub fn send_with_fds(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) ->
             result => return Ok(result?),
         }
     }
+}
+
+/// Bytes that a TCP socket has taken and its peer's machine has not acknowledged (tcp(7), SIOCOUTQ).
+pub fn unsent(socket: impl AsFd) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ, which is SIOCOUTQ's number, writes one int through the pointer, and `count`
+    // is one that lives past the call; the descriptor is borrowed for as long.
+    let done = unsafe {
+        libc::ioctl(
+            socket.as_fd().as_raw_fd(),
+            libc::TIOCOUTQ,
+            std::ptr::from_mut(&mut count),
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    usize::try_from(count).map_err(io::Error::other)
 }
 
 /// recvmsg(2): bytes, and the descriptors that came with them in `fds`. `Ok(0)` is the end.

@@ -1,10 +1,11 @@
 //! The real crictl, as people use it.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use gantry_testkit::daemon::Daemon;
 
+use crate::feed;
 use crate::terminal::{SESSION, Terminal};
 
 pub struct Crictl {
@@ -56,6 +57,11 @@ impl Crictl {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("{}: {e}", self.program.display()))
+    }
+
+    /// Runs a command whose standard input is `input`, as much of it as it takes.
+    pub fn feed(&self, args: &[&str], input: Vec<u8>) -> Output {
+        feed(self.command(&[], args), input)
     }
 
     /// Starts a command in a terminal.

@@ -2,10 +2,11 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use gantry_testkit::daemon::Daemon;
 
+use crate::feed;
 use crate::terminal::{SESSION, Terminal};
 
 /// Programs of tests/kubernetes.
@@ -113,6 +114,11 @@ impl Kubectl {
             text(&output.stdout),
             text(&output.stderr),
         )
+    }
+
+    /// Runs a command whose standard input is `input`, as much of it as it takes.
+    pub fn feed(&self, args: &[&str], input: Vec<u8>) -> Output {
+        feed(self.command(&[], args), input)
     }
 
     /// Starts a command in a terminal.

@@ -9,7 +9,9 @@ pub mod streaming;
 pub mod terminal;
 pub mod young;
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -338,6 +340,23 @@ pub fn sleeper(name: &str, image: &str) -> ContainerConfig {
         image,
         "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
     )
+}
+
+/// Runs a program and writes to its standard input for as long as it takes any.
+fn feed(mut command: Command, input: Vec<u8>) -> Output {
+    let command = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("a program");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let writer = std::thread::spawn(move || {
+        // It may end before it has read all.
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().expect("output");
+    writer.join().expect("writer");
+    output
 }
 
 /// Asks until there is an answer.

@@ -85,6 +85,8 @@ pub(crate) struct Core {
     consumed: usize,
     /// Bytes that wait for users.
     queued: usize,
+    /// A stream may be over its window.
+    over: bool,
     closing: bool,
 }
 
@@ -133,6 +135,7 @@ impl Core {
             },
             consumed: 0,
             queued: 0,
+            over: false,
             closing: false,
         };
         (core, incoming)
@@ -152,13 +155,15 @@ impl Core {
 
     /// The client sent more than its users, or its own reading, keep up with: nothing is to be read
     /// until this is false.
-    pub fn stalled(&self) -> bool {
-        self.out.len() > OUT_MAX
-            || self.queued > SESSION_WINDOW
-            || self
+    pub fn stalled(&mut self) -> bool {
+        // Only what is delivered puts a stream over its window, so that a frame does not cost a look
+        // at every stream.
+        self.over = self.over
+            && self
                 .streams
                 .values()
-                .any(|stream| stream.channel.over_window())
+                .any(|stream| stream.channel.over_window());
+        self.over || self.out.len() > OUT_MAX || self.queued > SESSION_WINDOW
     }
 
     fn handle(&mut self, frame: Frame) -> Result<(), Error> {
@@ -262,7 +267,7 @@ impl Core {
             self.reset(id, Reset::StreamAlreadyClosed);
             return;
         }
-        stream.channel.deliver(bytes);
+        self.over |= stream.channel.deliver(bytes);
         self.queued += bytes.len();
         if fin {
             stream.fin_received = true;
@@ -308,9 +313,9 @@ impl Core {
         if let Some(stream) = self.streams.remove(&id) {
             stream.channel.disconnect();
             // Its user may go on reading; the session does not count that.
-            let (queued, consumed) = (stream.channel.queued(), stream.channel.take_consumed());
-            self.consumed += queued + consumed;
-            self.queued = self.queued.saturating_sub(queued + consumed);
+            let held = stream.channel.take_held();
+            self.consumed += held;
+            self.queued = self.queued.saturating_sub(held);
         }
     }
 

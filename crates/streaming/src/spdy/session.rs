@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::core::{Core, Incoming, Policy};
 use super::frame::Goaway;
@@ -54,8 +54,14 @@ impl<T: Transport> Session<T> {
             End::Gone => return end,
         };
         self.core.goaway(status);
-        let Self { wire, core, .. } = self;
-        wire.close(&core.out).await;
+        let Self {
+            wire,
+            core,
+            idle,
+            mut stop,
+            ..
+        } = self;
+        wire.close(core.out, idle.farewell(&end), &mut stop).await;
         end
     }
 
@@ -69,6 +75,8 @@ impl<T: Transport> Session<T> {
         } = self;
         let notify = control.notify.clone();
         let mut probing = false;
+        // Kept over other events, which may come all the time.
+        let mut probe_at = None;
         loop {
             if control.closing() {
                 core.close();
@@ -82,6 +90,11 @@ impl<T: Transport> Session<T> {
                 return End::Done;
             }
             let stalled = core.stalled();
+            probe_at = match (stalled, probe_at) {
+                (false, _) => None,
+                (true, None) => Some(Instant::now() + PROBE),
+                (true, at) => at,
+            };
             let owes = core.owes() || !wire.flushed();
             let deadline = idle.deadline(control.ending() && owes);
             tokio::select! {
@@ -97,7 +110,8 @@ impl<T: Transport> Session<T> {
                 () = notify.notified() => {}
                 () = sleep_until(deadline) => return End::Idle,
                 () = stopped(stop) => return End::Stopped,
-                () = sleep(PROBE), if stalled => {
+                () = sleep_until(probe_at.unwrap_or(deadline)), if stalled => {
+                    probe_at = None;
                     if wire.peer_closed() {
                         control.set_gone();
                     }

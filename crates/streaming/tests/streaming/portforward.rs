@@ -239,6 +239,9 @@ async fn streams_that_are_no_pair_are_refused_or_given_up() {
     client.until(|c| c.seen(first).fin).await;
     let text = client.text(first);
     assert!(text.contains("two streams of one type"), "{text}");
+    let alone = client.open(&alone).await;
+    client.until(|c| c.seen(alone).fin).await;
+    let text = client.text(alone);
     assert!(text.contains("did not come"), "{text}");
     assert_eq!(node.memory.begun.load(SeqCst), 0);
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 use gantry_streaming::Config;
 use tokio::io::AsyncWriteExt;
 
-use crate::common::spdy::{open, upgrade};
-use crate::common::{ALL, IN_OUT, OUT, TERMINAL, noise, sha256, start, start_with, until};
+use crate::common::spdy::{data, open, upgrade};
+use crate::common::{ALL, IN_OUT, OUT, TERMINAL, flood, noise, sha256, start, start_with, until};
 
 #[tokio::test]
 async fn streams_may_come_in_any_order_and_nothing_runs_before_all_are_there() {
@@ -141,6 +141,19 @@ async fn a_size_sent_before_the_start_is_seen_after_it() {
     client.send(1, br#"{"Width":132,"Height":43}"#).await;
     client.finish().await;
     assert_eq!(client.text(7), "80x24\n132x43\n");
+}
+
+#[tokio::test]
+async fn a_size_that_waits_is_known_before_the_start() {
+    let node = start().await;
+    for _ in 0..20 {
+        let types = ["resize", "error", "stdin"];
+        let mut client = open(&node.exec(TERMINAL, &["size"]), &types).await;
+        client.send(1, br#"{"Width":80,"Height":24}"#).await;
+        client.open(&[("streamType", "stdout")]).await;
+        client.finish().await;
+        assert_eq!(client.text(7), "80x24");
+    }
 }
 
 #[tokio::test]
@@ -303,4 +316,43 @@ async fn output_before_the_end_reaches_a_client_that_reads_late() {
     client.finish().await;
     assert_eq!(sha256(&client.seen(3).data), sha256(&noise(3_000_000)));
     let _ = client.io().shutdown().await;
+}
+
+/// A socket that is closed with input unread throws away what it has not sent.
+#[tokio::test]
+async fn what_a_client_still_sends_costs_it_no_output() {
+    let node = start().await;
+    for late in [0, 500, 500] {
+        let url = node.exec(IN_OUT, &["noise", "3000000"]);
+        let mut client = open(&url, &["error", "stdin", "stdout"]).await;
+        let flood = flood(client.io(), data(3, &[0; 16 * 1024], false).to_vec());
+        tokio::time::sleep(Duration::from_millis(late)).await;
+        client.until(|c| c.goaway.is_some()).await;
+        assert_eq!(sha256(&client.seen(5).data), sha256(&noise(3_000_000)));
+        assert_eq!(client.status(1)["status"], "Success");
+        flood.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_client_may_take_its_time_for_the_end_and_say_that_it_is_there() {
+    let node = start().await;
+    let mut client = open(&node.exec(OUT, &["noise", "3000000"]), &["error", "stdout"]).await;
+    // Longer than a session waits for a client that has everything.
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    client.ping(1).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    client.finish().await;
+    assert_eq!(sha256(&client.seen(3).data), sha256(&noise(3_000_000)));
+    assert_eq!(client.status(1)["status"], "Success");
+}
+
+#[tokio::test]
+async fn who_takes_back_the_stream_for_the_result_is_gone() {
+    let node = start().await;
+    let mut client = open(&node.exec(OUT, &["deaf"]), &["error", "stdout"]).await;
+    until("it runs", || node.memory.begun.load(SeqCst) == 1).await;
+    client.reset(1).await;
+    until("it is told", || node.memory.gone.load(SeqCst) == 1).await;
+    client.finish().await;
 }

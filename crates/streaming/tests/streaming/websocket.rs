@@ -11,7 +11,7 @@ use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 use crate::common::websocket::{finish, next, send, upgrade};
-use crate::common::{ALL, IN_OUT, OUT, TERMINAL, noise, sha256, soon, start, until};
+use crate::common::{ALL, IN_OUT, OUT, TERMINAL, flood, noise, sha256, soon, start, until};
 
 const STDIN: u8 = 0;
 const STDOUT: usize = 1;
@@ -212,4 +212,22 @@ async fn messages_that_break_the_protocol_end_the_session() {
     send(&mut socket, STDIN, b"x").await;
     send(&mut socket, 255, &[STDIN]).await;
     assert_eq!(finish(&mut socket).await.0[STDOUT], b"x");
+}
+
+#[tokio::test]
+async fn what_a_client_still_sends_costs_it_no_output_here_either() {
+    let node = start().await;
+    for late in [0, 500, 500] {
+        let url = node.exec(IN_OUT, &["noise", "3000000"]);
+        let mut socket = upgrade(&url, "v5.channel.k8s.io").await;
+        // A masked message of 1000 bytes for channel 0 (RFC 6455, 5.2); the key of nought changes nothing.
+        let head = [0x82, 0x80 | 126, 0x03, 0xe8, 0, 0, 0, 0];
+        let flood = flood(socket.get_ref(), [&head[..], &[0; 1000]].concat());
+        tokio::time::sleep(Duration::from_millis(late)).await;
+        let (channels, code) = finish(&mut socket).await;
+        assert_eq!(sha256(&channels[1]), sha256(&noise(3_000_000)));
+        assert!(String::from_utf8_lossy(&channels[3]).contains("Success"));
+        assert_eq!(code, Some(1000));
+        flood.abort();
+    }
 }

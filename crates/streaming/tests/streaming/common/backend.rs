@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use async_trait::async_trait;
+use futures::FutureExt;
 use gantry_ports::Error;
 use gantry_streaming::{AttachRequest, Backend, Duplex, ExecRequest, Streams, TerminalSize};
 use gantry_types::PodId;
@@ -108,6 +109,14 @@ impl Backend for Memory {
                     .write_all(&noise)
                     .await
                     .map_err(failed)?;
+            }
+            ["size"] => {
+                let known = streams.resizes.next().now_or_never().flatten();
+                let text = known.map_or("none".to_owned(), |TerminalSize { width, height }| {
+                    format!("{width}x{height}")
+                });
+                let mut stdout = streams.stdout.take().unwrap();
+                stdout.write_all(text.as_bytes()).await.map_err(failed)?;
             }
             ["exit", code] => return Ok(code.parse().unwrap()),
             ["panic"] => panic!("as asked"),

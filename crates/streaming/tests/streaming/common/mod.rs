@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use gantry_streaming::{AttachRequest, Config, ExecRequest, PortForwardRequest, Server, Stdio};
 use gantry_types::{ContainerId, PodId};
+use tokio::io::AsyncWriteExt;
 
 pub use backend::Memory;
 
@@ -110,6 +111,13 @@ pub fn noise(count: usize) -> Vec<u8> {
         (state >> 32) as u8
     };
     (0..count).map(|_| next()).collect()
+}
+
+/// Sends the same bytes for as long as they are taken, beside whatever else the connection does.
+pub fn flood(connection: &tokio::net::TcpStream, bytes: Vec<u8>) -> tokio::task::JoinHandle<()> {
+    let copy = rustix::io::dup(connection).unwrap();
+    let mut copy = tokio::net::TcpStream::from_std(copy.into()).unwrap();
+    tokio::spawn(async move { while copy.write_all(&bytes).await.is_ok() {} })
 }
 
 pub fn sha256(bytes: &[u8]) -> String {

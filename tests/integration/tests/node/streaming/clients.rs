@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::Path;
+use std::process::Output;
 use std::time::Duration;
 
 use gantry_integration::crictl::Crictl;
@@ -57,6 +58,7 @@ impl Scene {
 /// How a client is told what to do.
 trait Client {
     fn run(&self, args: &[&str]) -> (bool, String, String);
+    fn feed(&self, args: &[&str], input: Vec<u8>) -> Output;
     fn terminal(&self, args: &[&str]) -> Terminal;
     /// Options and names of exec, up to the command.
     fn exec<'a>(&'a self, flags: &'a str, scene: &'a Scene) -> Vec<&'a str>;
@@ -70,6 +72,10 @@ struct OfCrictl<'a>(&'a Crictl, &'static str);
 impl Client for OfCrictl<'_> {
     fn run(&self, args: &[&str]) -> (bool, String, String) {
         self.0.try_run(args)
+    }
+
+    fn feed(&self, args: &[&str], input: Vec<u8>) -> Output {
+        self.0.feed(args, input)
     }
 
     fn terminal(&self, args: &[&str]) -> Terminal {
@@ -99,6 +105,10 @@ impl Client for OfCrictl<'_> {
 impl Client for Kubectl {
     fn run(&self, args: &[&str]) -> (bool, String, String) {
         self.try_run(args)
+    }
+
+    fn feed(&self, args: &[&str], input: Vec<u8>) -> Output {
+        Kubectl::feed(self, args, input)
     }
 
     fn terminal(&self, args: &[&str]) -> Terminal {
@@ -140,9 +150,26 @@ async fn use_streams(node: &Node, scene: &Scene, client: &impl Client, what: &st
     let (success, _, stderr) = exec("exit 42");
     assert!(!success && stderr.contains("42"), "{what}: {stderr}");
 
+    for _ in 0..5 {
+        ends_before_its_input(scene, client, what);
+    }
     in_a_terminal(node, scene, client, what).await;
     attached(node, scene, client, what).await;
     forwarded(node, scene, client, what);
+}
+
+/// The client still sends when the command has written its output and ended.
+fn ends_before_its_input(scene: &Scene, client: &impl Client, what: &str) {
+    let mut args = client.exec("-i", scene);
+    let script = "head -c 100000 >/dev/null; head -c 300000 /dev/zero; exit 3";
+    args.extend(["sh", "-c", script]);
+    let output = client.feed(&args, vec![b'x'; 64 << 20]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.stdout.len(), 300_000, "{what}: {said}");
+    assert!(
+        !output.status.success() && said.contains("exit code 3"),
+        "{what}: {said}"
+    );
 }
 
 async fn in_a_terminal(node: &Node, scene: &Scene, client: &impl Client, what: &str) {
