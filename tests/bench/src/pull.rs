@@ -33,6 +33,10 @@ pub struct Options {
     /// MiB of the big images, unpacked
     #[arg(long, default_value_t = 1024)]
     size: u64,
+    /// Seconds to wait after images were removed. ext4 goes around inodes that were freed in the
+    /// last minute, which may cost more than the pull itself
+    #[arg(long, default_value_t = 61)]
+    settle: u64,
     /// Images to pull, of gzip, zstd and small
     #[arg(long, value_delimiter = ',', default_value = "gzip,zstd,small")]
     shapes: Vec<String>,
@@ -92,6 +96,11 @@ pub async fn run(options: Options) -> Result<()> {
                     list.push(figure);
                 }
             }
+            // Also because the next image may have the same layers, packed otherwise.
+            for puller in &mut pullers {
+                remove(puller, &name).await?;
+            }
+            tokio::time::sleep(Duration::from_secs(options.settle)).await;
         }
         show(shape, &pullers, &samples, packed, &mut result)?;
     }
@@ -132,19 +141,23 @@ fn show(
     Ok(())
 }
 
+async fn remove(puller: &mut Puller, name: &str) -> Result<()> {
+    let image = ImageSpec {
+        image: name.to_owned(),
+        ..Default::default()
+    };
+    let request = RemoveImageRequest { image: Some(image) };
+    puller.client.remove_image(request).await?;
+    Ok(())
+}
+
 /// Seconds, CPU seconds and peak MiB of one pull of an image that the runtime does not have.
 async fn pull(puller: &mut Puller, name: &str) -> Result<[f64; 3]> {
     let image = ImageSpec {
         image: name.to_owned(),
         ..Default::default()
     };
-    let remove = RemoveImageRequest {
-        image: Some(image.clone()),
-    };
-    puller.client.remove_image(remove).await?;
-    // What was removed may be collected behind the answer, and what was written before must not
-    // count for this pull.
-    std::thread::sleep(Duration::from_secs(2));
+    // What was written before must not count for this pull.
     let synced = std::process::Command::new("sync").status()?;
     ensure!(synced.success(), "sync: {synced}");
     let pids = daemons(&puller.name)?;

@@ -19,6 +19,9 @@ use crate::{Error, Result};
 
 /// uid_t and gid_t; the highest value means "unchanged" to chown(2).
 const OWNER_MAX: u64 = u32::MAX as u64 - 1;
+/// Least bytes of a file that the disk is told of at once: for a smaller one that costs more than
+/// it gains.
+const WRITEBACK_MIN: u64 = 128 << 10;
 /// Permissions of a directory that no entry describes.
 const DIRECTORY_MODE: u32 = 0o755;
 
@@ -397,6 +400,10 @@ impl<'a> Applier<'a> {
                     stored += piece.length;
                 }
             }
+        }
+        if stored >= WRITEBACK_MIN {
+            // The disk works while the rest is decompressed, and the commit finds little left.
+            sys::start_writeback(&file, 0, entry.size);
         }
         self.made(stored)?;
         describe(&file, entry)?;
