@@ -222,7 +222,8 @@ fn host(url: &str, raw: RawHost, dir: &Path) -> std::result::Result<Host, String
     let capabilities = raw.capabilities.as_deref();
     let can = |name: &str| capabilities.is_none_or(|list| list.iter().any(|c| c == name));
     for capability in capabilities.unwrap_or_default() {
-        if !matches!(capability.as_str(), "pull" | "resolve" | "push") {
+        let known = ["pull", "resolve", "push", "referrers"];
+        if !known.contains(&capability.as_str()) {
             return Err(format!(
                 "host {url:?}: capability {capability:?} is not known"
             ));
@@ -390,7 +391,7 @@ mod tests {
             r#"
             server = "https://registry-1.docker.io"
             [host."https://z.example"]
-              capabilities = ["pull", "resolve"]
+              capabilities = ["pull", "resolve", "referrers"]
               ca = "z.crt"
               [host."https://z.example".header]
                 x-token = ["a", "b"]
