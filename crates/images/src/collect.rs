@@ -67,7 +67,7 @@ impl Inner {
                 .transpose()?;
         }
         for (part, metadata) in self.content.parts()? {
-            if !self.is_young(&metadata) {
+            if !blobs.contains(&part) && !self.is_young(&metadata) {
                 self.leases
                     .unless_held(&part, || self.content.discard(&part))
                     .transpose()?;

@@ -187,11 +187,20 @@ pub fn parse(what: &str, media_type: &str, bytes: &[u8]) -> Result<Document> {
     Ok(Document::Manifest(manifest))
 }
 
+/// Largest blob that a manifest may name: no image has one of a tebibyte, and sums of sizes stay sums.
+const BLOB_MAX: u64 = 1 << 40;
+
 fn descriptor(what: &str, raw: RawDescriptor) -> Result<Descriptor> {
     let invalid = |reason: String| Error::invalid(format_args!("manifest {what}"), reason);
+    let size = u64::try_from(raw.size).map_err(|_| invalid("a size is negative".to_owned()))?;
+    if size > BLOB_MAX {
+        return Err(invalid(format!(
+            "a size of {size} bytes is more than {BLOB_MAX}"
+        )));
+    }
     Ok(Descriptor {
         digest: raw.digest.parse().map_err(|e| invalid(format!("{e}")))?,
-        size: u64::try_from(raw.size).map_err(|_| invalid("a size is negative".to_owned()))?,
+        size,
         media_type: raw.media_type,
         platform: raw.platform,
         is_reference: raw.annotations.contains_key("vnd.docker.reference.type"),
@@ -413,6 +422,8 @@ mod tests {
         for (key, value) in [
             ("digest", json!("sha256:../x")),
             ("size", json!(-1)),
+            // Room for a list of its parts would be asked for before its first byte.
+            ("size", json!(i64::MAX)),
             ("digest", json!(7)),
         ] {
             let mut bad = desc();

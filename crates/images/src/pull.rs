@@ -14,7 +14,7 @@ use crate::install;
 use crate::lease::Lease;
 use crate::reference::Reference;
 use crate::registry::{Served, Session};
-use crate::service::{Inner, blocking};
+use crate::service::{Inner, LayersInUse, blocking};
 use crate::{Error, Result, failpoint};
 
 /// Deepest nesting of indexes, and most documents read for one image (GO-2026-6597: indexes that
@@ -40,12 +40,14 @@ impl BlobLocks {
 }
 
 /// What a pull brings anew though it is here.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Renew {
     /// Blobs that are to be here afterwards, also where their layer is unpacked.
     pub blobs: Vec<Digest>,
     /// Unpacked layers that are made anew, by chain id, once their blobs are here.
     pub chains: Vec<Digest>,
+    /// Who knows, at the moment of removal, which layers containers stand on; without it none does.
+    pub in_use: Option<Arc<dyn LayersInUse>>,
 }
 
 /// Pulls an image as [`pull`] does, and makes some of it anew.
@@ -154,25 +156,47 @@ async fn make_anew(
     });
     if let Document::Manifest(parsed) = parsed.await? {
         lease.hold([&parsed.config.digest]);
+        remove_bad(inner, &renew, &parsed.config.digest).await?;
         install::fetch(inner, Some(session), &parsed.config, fresh).await?;
     }
     let (work, digest) = (inner.clone(), manifest.clone());
     let layers = blocking("blob read", move || install::layers_of(&work, &digest)).await?;
     for layer in layers {
-        lease.hold([&layer.blob.digest, &layer.chain]);
+        lease.hold([&layer.blob.digest]);
         if renew.blobs.contains(&layer.blob.digest) || renew.chains.contains(&layer.chain) {
+            remove_bad(inner, &renew, &layer.blob.digest).await?;
             install::fetch(inner, Some(session), &layer.blob, fresh).await?;
         }
     }
     let work = inner.clone();
     blocking("layer removal", move || {
         for chain in &renew.chains {
-            work.snapshotter.remove_layer(chain)?;
-            work.usage().remove(chain);
+            let used = renew.in_use.as_ref().map(|in_use| in_use.chains());
+            // A container that is being created holds it, and one that was made meanwhile has it.
+            let removed = work.leases.unless_held(chain, || {
+                let stays = used.is_some_and(|used| used.contains(chain));
+                (!stays)
+                    .then(|| work.snapshotter.remove_layer(chain))
+                    .transpose()
+            });
+            if let Some(Some(())) = removed.transpose()? {
+                work.usage().remove(chain);
+            }
         }
         Ok(())
     })
     .await
+}
+
+/// Takes a blob away that is to be brought anew, now that the registry is known to have the image.
+async fn remove_bad(inner: &Arc<Inner>, renew: &Renew, digest: &Digest) -> Result<()> {
+    if !renew.blobs.contains(digest) {
+        return Ok(());
+    }
+    let lock = inner.blob_locks.of(digest);
+    let _lock = lock.lock().await;
+    let (work, digest) = (inner.clone(), digest.clone());
+    blocking("blob removal", move || work.content.remove(&digest)).await
 }
 
 /// The way from what a reference names to the manifest for this node.

@@ -552,8 +552,6 @@ impl Inner {
         let work = self.clone();
         let done = blocking("image record", move || {
             let image = work.load_complete(&manifest)?;
-            work.content.settle(&image.blobs)?;
-            work.content.sync()?;
             let mut catalog = Catalog::clone(&work.catalog());
             let known = catalog.get(&image.id).cloned();
             let merge = |old: Option<&Vec<String>>, new: Vec<String>| {
@@ -574,6 +572,9 @@ impl Inner {
             let now = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
             image.created_at = known.map_or(now, |image| image.created_at);
             image.pinned = work.is_pinned(&image);
+            // With its names it has the indexes that they name.
+            work.content.settle(&image.blobs)?;
+            work.content.sync()?;
             let id = image.id.clone();
             if known == Some(&image) {
                 return Ok(known

@@ -13,13 +13,15 @@ use crate::hash::Hasher;
 use crate::image::Image;
 use crate::install::{self, Layer};
 use crate::pull::Renew;
+use crate::reference::Reference;
 use crate::service::{Images, Inner, LayersInUse, blocking};
 use crate::{Error, Result, compare};
 
 /// What an image was found to be.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
     pub id: String,
+    pub manifest: Digest,
     pub names: Vec<String>,
     /// Blobs whose digest was computed, and their bytes.
     pub blobs: u64,
@@ -87,20 +89,21 @@ impl Images {
         if renew.blobs.is_empty() && renew.chains.is_empty() {
             return Ok(remains);
         }
-        // By digest: the same image, whatever has become of the tag.
         let name = verified.names.iter().find(|name| name.contains('@'));
         let Some(name) = name.or(verified.names.first()) else {
             remains.push("the image has no name to fetch it by: import it again".to_owned());
             return Ok(remains);
         };
-        let reference = name.parse()?;
-        let work = self.inner.clone();
-        let bad = renew.blobs.clone();
-        blocking("blob removal", move || {
-            bad.iter()
-                .try_for_each(|digest| work.content.remove(digest))
-        })
-        .await?;
+        // By digest: the same image or none. What the registry has under the tag is another matter,
+        // the more so for an image that was imported.
+        let named: Reference = name.parse()?;
+        let reference = match named.digest() {
+            Some(_) => named,
+            None => named.with_digest(&verified.manifest).parse()?,
+        };
+        if self.inner.snapshotter.whiteouts() == Whiteouts::Overlay {
+            renew.in_use = Some(in_use);
+        }
         let (credentials, cancel) = (Credentials::default(), Cancel::default());
         let renewed =
             crate::pull::renew(&self.inner, &reference, &credentials, &cancel, renew).await;
@@ -118,8 +121,13 @@ impl Images {
 fn verify(inner: &Inner, image: &Image) -> Result<Verified> {
     let mut verified = Verified {
         id: image.id.clone(),
+        manifest: image.manifest.digest.clone(),
         names: image.tags.iter().chain(&image.digests).cloned().collect(),
-        ..Verified::default()
+        blobs: 0,
+        bytes: 0,
+        layers: 0,
+        faults: Vec::new(),
+        notes: Vec::new(),
     };
     let mut bad = HashSet::new();
     let layer_blobs: HashSet<&Digest> = image.layer_blobs().iter().collect();

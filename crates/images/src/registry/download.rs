@@ -1,6 +1,5 @@
 //! Blobs: resumed, in ranges, from the first host that gives what the digest names.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,7 +38,10 @@ pub enum Followed<T> {
 
 /// The spans of a blob that are still to be asked for, and how its transfers hear of each other.
 struct Work {
-    spans: Mutex<VecDeque<Range<u64>>>,
+    /// What no transfer has begun yet, and how much one takes of it. No list: how long that would be
+    /// is for a manifest to say.
+    rest: Mutex<Range<u64>>,
+    step: u64,
     /// Whether the host honours ranges; `None` until it has answered.
     honoured: watch::Sender<Option<bool>>,
     /// No further span is begun.
@@ -49,9 +51,10 @@ struct Work {
 }
 
 impl Work {
-    fn new(spans: impl Iterator<Item = Range<u64>>) -> Self {
+    fn new(rest: Range<u64>, step: u64) -> Self {
         Self {
-            spans: Mutex::new(spans.collect()),
+            rest: Mutex::new(rest),
+            step,
             honoured: watch::Sender::new(None),
             stop: AtomicBool::new(false),
             fickle: AtomicBool::new(false),
@@ -59,16 +62,16 @@ impl Work {
     }
 
     fn next(&self) -> Option<Range<u64>> {
-        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        spans.pop_front()
+        let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = rest.start.saturating_add(self.step).min(rest.end);
+        let span = rest.start..end;
+        rest.start = end;
+        (!span.is_empty()).then_some(span)
     }
 
     /// One transfer brings everything.
     fn take_all(&self) {
-        self.spans
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = 0..0;
         self.honoured.send_replace(Some(false));
     }
 }
@@ -160,13 +163,11 @@ impl Session {
         let mut divide = self.settings.ranges > 1;
         while let Some(gap) = partial.missing(0..partial.size) {
             if !divide || gap.end - gap.start < part.saturating_mul(2) {
-                let work = Work::new(std::iter::empty());
+                let work = Work::new(0..0, part);
                 self.transfer(endpoint, partial, gap, &work).await?;
                 continue;
             }
-            let step = usize::try_from(part).unwrap_or(usize::MAX);
-            let starts = (gap.start..gap.end).step_by(step);
-            let work = Work::new(starts.map(|start| start..gap.end.min(start + part)));
+            let work = Work::new(gap, part);
             let workers =
                 (0..self.settings.ranges).map(|n| self.worker(n, endpoint, partial, &work));
             // All are waited for: none may write after the blob has been given up.

@@ -168,11 +168,32 @@ fn docker_certificates(dir: &Path) -> Result<Tls> {
     Ok(tls)
 }
 
+/// Says where a file is wrong without a word of it: a header may be a secret, and errors of pulls are
+/// told to everybody who may see the pod.
+fn misread(text: &str, error: &toml::de::Error) -> String {
+    let what = error
+        .message()
+        .split(['"', '\''])
+        .next()
+        .unwrap_or_default();
+    let what = what
+        .split(", expected")
+        .next()
+        .unwrap_or_default()
+        .trim_end();
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => format!("line {}: {what}", before.matches('\n').count() + 1),
+        None => what.to_owned(),
+    }
+}
+
 fn parse(text: &str, dir: &Path, registry: &str) -> std::result::Result<Vec<Host>, String> {
-    let file: RawFile = toml::from_str(text).map_err(|e| e.to_string())?;
+    let file: RawFile = toml::from_str(text).map_err(|e| misread(text, &e))?;
     let mut hosts = Vec::new();
     for (url, table) in file.host {
-        let raw: RawHost = table.try_into().map_err(|e| format!("host {url:?}: {e}"))?;
+        let raw: RawHost = table
+            .try_into()
+            .map_err(|e| format!("host {url:?}: {}", misread("", &e)))?;
         let mut host = host(&url, raw, dir)?;
         host.is_mirror = url_host(&host.base) != canonical(registry);
         hosts.push(host);
@@ -363,6 +384,22 @@ mod tests {
 
     fn bases(hosts: &[Host]) -> Vec<&str> {
         hosts.iter().map(|host| host.base.as_str()).collect()
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_without_a_secret() {
+        for (text, line) in [
+            ("[header]\nAuthorization = \"Basic c2VjcmV0\n", "line 2"),
+            ("server = [\"c2VjcmV0\"]\n", "line 1"),
+            (
+                "[host.\"https://a\"]\nca = { x = \"c2VjcmV0\" }\nskip_verify = \"c2VjcmV0\"\n",
+                "https://a",
+            ),
+        ] {
+            let error = parse(text, Path::new("/certs"), "docker.io").unwrap_err();
+            assert!(error.contains(line), "{error}");
+            assert!(!error.contains("c2VjcmV0"), "{error}");
+        }
     }
 
     #[test]

@@ -110,6 +110,11 @@ async fn every_family_of_types_and_the_platform_of_this_node() {
                 std::slice::from_ref(&named),
                 "named by what the tag points to"
             );
+            // The index too is where it is looked for after a restart.
+            let blobs = node.names("content/blobs/sha256");
+            for blob in [&index, &here.config] {
+                assert!(blobs.contains(&blob.digest.hex().to_owned()), "{blobs:?}");
+            }
             assert_eq!(node.pull(&named).await.unwrap(), id);
             let file = node.layer(&image.layers[0]).join("f");
             assert_eq!(std::fs::read(file).unwrap(), format!("{n}{m}").as_bytes());
