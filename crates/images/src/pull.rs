@@ -162,7 +162,11 @@ async fn make_anew(
     let (work, digest) = (inner.clone(), manifest.clone());
     let layers = blocking("blob read", move || install::layers_of(&work, &digest)).await?;
     for layer in layers {
-        lease.hold([&layer.blob.digest]);
+        // A layer that is not compressed has its blob's digest for its chain id, and what is held
+        // is not removed. The blob is the image's own: nobody collects it meanwhile.
+        if !renew.chains.contains(&layer.blob.digest) {
+            lease.hold([&layer.blob.digest]);
+        }
         if renew.blobs.contains(&layer.blob.digest) || renew.chains.contains(&layer.chain) {
             remove_bad(inner, &renew, &layer.blob.digest).await?;
             install::fetch(inner, Some(session), &layer.blob, fresh).await?;

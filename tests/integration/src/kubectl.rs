@@ -102,6 +102,10 @@ impl Kubectl {
         command
     }
 
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
     /// Runs a command; returns whether it succeeded, its output and what it said.
     pub fn try_run(&self, args: &[&str]) -> (bool, String, String) {
         let output = self

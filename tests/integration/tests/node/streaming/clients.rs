@@ -59,6 +59,13 @@ impl Scene {
 trait Client {
     fn run(&self, args: &[&str]) -> (bool, String, String);
     fn feed(&self, args: &[&str], input: Vec<u8>) -> Output;
+
+    /// Whether all that gantryd sends reaches a client that is still sending. The API server's
+    /// translation from SPDY closes its side with input unread, and loses what is on its way.
+    fn takes_the_end_while_it_sends(&self) -> bool {
+        true
+    }
+
     fn terminal(&self, args: &[&str]) -> Terminal;
     /// Options and names of exec, up to the command.
     fn exec<'a>(&'a self, flags: &'a str, scene: &'a Scene) -> Vec<&'a str>;
@@ -111,6 +118,10 @@ impl Client for Kubectl {
         Kubectl::feed(self, args, input)
     }
 
+    fn takes_the_end_while_it_sends(&self) -> bool {
+        self.transport() != Transport::Translated
+    }
+
     fn terminal(&self, args: &[&str]) -> Terminal {
         Kubectl::terminal(self, args)
     }
@@ -150,8 +161,10 @@ async fn use_streams(node: &Node, scene: &Scene, client: &impl Client, what: &st
     let (success, _, stderr) = exec("exit 42");
     assert!(!success && stderr.contains("42"), "{what}: {stderr}");
 
-    for _ in 0..5 {
-        ends_before_its_input(scene, client, what);
+    if client.takes_the_end_while_it_sends() {
+        for _ in 0..5 {
+            ends_before_its_input(scene, client, what);
+        }
     }
     in_a_terminal(node, scene, client, what).await;
     attached(node, scene, client, what).await;
