@@ -16,9 +16,16 @@ impl Inner {
     pub(crate) fn referenced(&self) -> (HashSet<Digest>, HashSet<Digest>) {
         let catalog = self.catalog();
         let discarded = |image: &Image, blob: &Digest| {
-            let mut layers = image.layer_blobs().iter().zip(&image.layers);
+            // One blob may be several layers, of which some are not unpacked yet.
+            let mut layers = image
+                .layer_blobs()
+                .iter()
+                .zip(&image.layers)
+                .filter(|(own, _)| *own == blob)
+                .peekable();
             self.options.discard_unpacked_layers
-                && layers.any(|(own, chain)| own == blob && self.snapshotter.has_layer(chain))
+                && layers.peek().is_some()
+                && layers.all(|(_, chain)| self.snapshotter.has_layer(chain))
         };
         let blobs = catalog
             .images()
@@ -39,8 +46,7 @@ impl Inner {
         if !self.options.discard_unpacked_layers {
             return Ok(());
         }
-        let work = self.clone();
-        blocking("blob removal", move || work.drop_blobs(&layers)).await
+        self.drop_blobs(layers).await
     }
 
     /// What belonged to `image` alone. It is no longer listed, and no image is admitted
@@ -120,13 +126,21 @@ impl Inner {
 
     /// Removes these blobs unless an image or other work needs them: a full disk is not the time
     /// to keep them for the next try.
-    pub(crate) fn drop_blobs(&self, fresh: &[Digest]) -> Result<()> {
-        let (blobs, _) = self.referenced();
-        for blob in fresh.iter().filter(|blob| !blobs.contains(blob)) {
-            self.leases
-                .unless_held(blob, || self.content.remove(blob))
-                .transpose()?;
-        }
-        self.content.purge()
+    pub(crate) async fn drop_blobs(self: &Arc<Self>, fresh: Vec<Digest>) -> Result<()> {
+        // No image is admitted meanwhile, whose blobs these might be.
+        let changing = self.changing.lock().await;
+        let work = self.clone();
+        let dropped = blocking("blob removal", move || {
+            let (blobs, _) = work.referenced();
+            for blob in fresh.iter().filter(|blob| !blobs.contains(blob)) {
+                work.leases
+                    .unless_held(blob, || work.content.remove(blob))
+                    .transpose()?;
+            }
+            work.content.purge()
+        });
+        let dropped = dropped.await;
+        drop(changing);
+        dropped
     }
 }

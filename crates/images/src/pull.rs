@@ -87,12 +87,9 @@ pub async fn pull(
             error.kind(),
             ErrorKind::ResourceExhausted | ErrorKind::InvalidArgument
         )
+        && let Err(error) = inner.drop_blobs(fresh).await
     {
-        let work = inner.clone();
-        let dropped = blocking("blob removal", move || work.drop_blobs(&fresh)).await;
-        if let Err(error) = dropped {
-            tracing::warn!(%error, "blobs of a failed pull stay until collection");
-        }
+        tracing::warn!(%error, "blobs of a failed pull stay until collection");
     }
     pulled
 }

@@ -133,7 +133,7 @@ pub(crate) struct Inner {
     /// What readers see.
     catalog: RwLock<Arc<Catalog>>,
     /// Held from the reading of the catalog to the publication of the next one.
-    changing: tokio::sync::Mutex<()>,
+    pub(crate) changing: tokio::sync::Mutex<()>,
     /// The records lag behind the catalog: a change could not be written down.
     behind: AtomicBool,
     usage: Mutex<HashMap<Digest, Usage>>,

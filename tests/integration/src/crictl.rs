@@ -5,8 +5,8 @@ use std::process::{Child, Command, Output, Stdio};
 
 use gantry_testkit::daemon::Daemon;
 
-use crate::feed;
 use crate::terminal::{SESSION, Terminal};
+use crate::{feed, run};
 
 pub struct Crictl {
     program: PathBuf,
@@ -38,16 +38,7 @@ impl Crictl {
 
     /// Runs a command; returns whether it succeeded, its output and what it said.
     pub fn try_run(&self, args: &[&str]) -> (bool, String, String) {
-        let output = self
-            .command(&[], args)
-            .output()
-            .unwrap_or_else(|e| panic!("{}: {e}", self.program.display()));
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
-        (
-            output.status.success(),
-            text(&output.stdout),
-            text(&output.stderr),
-        )
+        run(self.command(&[], args))
     }
 
     /// Starts a command with its standard input and output as pipes.

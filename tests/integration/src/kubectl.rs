@@ -6,8 +6,8 @@ use std::process::{Child, Command, Output, Stdio};
 
 use gantry_testkit::daemon::Daemon;
 
-use crate::feed;
 use crate::terminal::{SESSION, Terminal};
+use crate::{feed, run};
 
 /// Programs of tests/kubernetes.
 pub struct Programs {
@@ -108,16 +108,7 @@ impl Kubectl {
 
     /// Runs a command; returns whether it succeeded, its output and what it said.
     pub fn try_run(&self, args: &[&str]) -> (bool, String, String) {
-        let output = self
-            .command(&[], args)
-            .output()
-            .unwrap_or_else(|e| panic!("{}: {e}", self.program.display()));
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
-        (
-            output.status.success(),
-            text(&output.stdout),
-            text(&output.stderr),
-        )
+        run(self.command(&[], args))
     }
 
     /// Runs a command whose standard input is `input`, as much of it as it takes.

@@ -342,6 +342,19 @@ pub fn sleeper(name: &str, image: &str) -> ContainerConfig {
     )
 }
 
+/// Runs a program; returns whether it succeeded, its output and what it said.
+fn run(mut command: Command) -> (bool, String, String) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+    (
+        output.status.success(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
 /// Runs a program and writes to its standard input for as long as it takes any.
 fn feed(mut command: Command, input: Vec<u8>) -> Output {
     let command = command

@@ -106,8 +106,7 @@ impl Images {
         };
         drop(lease);
         // What no image needed: the archive's own files, other platforms, all of a bad archive.
-        let inner = self.inner.clone();
-        let dropped = blocking("blob removal", move || inner.drop_blobs(&brought)).await;
+        let dropped = self.inner.drop_blobs(brought).await;
         match (result, dropped) {
             (Ok(names), dropped) => dropped.map(|()| names),
             (Err(error), Ok(())) => Err(error),
