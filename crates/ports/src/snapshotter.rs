@@ -61,12 +61,12 @@ pub struct Ids {
 }
 
 impl Ids {
-    /// What an id inside is outside. One that is not mapped is what it was: nobody inside has power
-    /// over it.
-    pub fn outside(self, inside: u32) -> u32 {
+    /// What an id inside is outside; `None` for one that is not mapped. It is not the id of the same
+    /// number outside: that is somebody of the host's, or of another pod's.
+    pub fn outside(self, inside: u32) -> Option<u32> {
         match inside < self.length {
-            true => self.first.saturating_add(inside),
-            false => inside,
+            true => self.first.checked_add(inside),
+            false => None,
         }
     }
 }

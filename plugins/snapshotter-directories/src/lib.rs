@@ -18,7 +18,9 @@
 
 pub mod layers;
 mod layout;
+mod measure;
 pub mod mounts;
 pub mod snapshots;
 
 pub use layout::{Layout, entries, remove_tree};
+pub use measure::measure;

@@ -1,9 +1,7 @@
 //! What belongs to one container: made, measured, listed, removed.
 
-use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
@@ -11,6 +9,7 @@ use gantry_ports::snapshotter::Usage;
 use gantry_types::{ContainerId, ErrorKind};
 
 use crate::layout::{self, Layout};
+use crate::measure::measure;
 
 /// Makes a container's snapshot; one that exists is success. `fill` gets the directory that the
 /// snapshot will be.
@@ -66,52 +65,7 @@ pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Usage, Error> {
     let mut roots = vec![snapshot.join("fs")];
     // Most containers have no volumes.
     roots.extend(Some(snapshot.join("volumes")).filter(|dir| dir.exists()));
-    measure(roots)
-}
-
-/// What trees occupy on disk, their roots included.
-pub fn measure(roots: Vec<PathBuf>) -> Result<Usage, Error> {
-    let mut usage = Usage::default();
-    // A file with several names counts once.
-    let mut linked = HashSet::new();
-    for root in &roots {
-        let metadata = fs::symlink_metadata(root)
-            .map_err(|e| Error::io(format_args!("stat {}", root.display()), e))?;
-        usage.bytes += metadata.blocks() * 512;
-        usage.inodes += 1;
-    }
-    let mut pending = roots;
-    while let Some(dir) = pending.pop() {
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if gone(&e) => continue,
-            Err(e) => return Err(Error::io(format_args!("read {}", dir.display()), e)),
-        };
-        for entry in entries {
-            // The container writes while we walk: what vanishes in between does not count.
-            let (entry, meta) = match entry.and_then(|e| e.metadata().map(|m| (e, m))) {
-                Ok(pair) => pair,
-                Err(e) if gone(&e) => continue,
-                Err(e) => return Err(Error::io(format_args!("read {}", dir.display()), e)),
-            };
-            if meta.nlink() > 1 && !meta.is_dir() && !linked.insert(meta.ino()) {
-                continue;
-            }
-            usage.bytes += meta.blocks() * 512;
-            usage.inodes += 1;
-            if meta.is_dir() {
-                pending.push(entry.path());
-            }
-        }
-    }
-    Ok(usage)
-}
-
-fn gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-    )
+    measure(&roots)
 }
 
 /// Containers that have a snapshot.

@@ -17,8 +17,14 @@ const CONTEXT: &str = "security.selinux";
 pub fn tree(from: &Path, to: &Path, owner: Owner<'_>) -> Result<(), Error> {
     // The value on disk ends in NUL.
     let label = owner.label.map(|label| [label.as_bytes(), b"\0"].concat());
+    let user = owner.user_namespace.map(|ids| -> Result<_, Error> {
+        Ok(User {
+            ids,
+            nobody: (overflow("overflowuid")?, overflow("overflowgid")?),
+        })
+    });
     let rules = Rules {
-        user: owner.user_namespace,
+        user: user.transpose()?,
         label: label.as_deref(),
     };
     let copy = || -> io::Result<()> {
@@ -31,8 +37,37 @@ pub fn tree(from: &Path, to: &Path, owner: Owner<'_>) -> Result<(), Error> {
     })
 }
 
+/// The id that the kernel shows for one that is not mapped (proc_sys_kernel(5)). Files of such an
+/// owner are nobody's in the pod, as they are through an id-mapped mount; under the number that the
+/// image gives they would be a user's of the host, set-id bits and all.
+fn overflow(name: &str) -> Result<u32, Error> {
+    let path = Path::new("/proc/sys/kernel").join(name);
+    let read = || -> io::Result<u32> {
+        let text = std::fs::read_to_string(&path)?;
+        text.trim().parse().map_err(io::Error::other)
+    };
+    read().map_err(|e| Error::io(format_args!("read {}", path.display()), e))
+}
+
+#[derive(Clone, Copy)]
+struct User<'a> {
+    ids: UserNamespace<'a>,
+    /// Uid and gid of what belongs to nobody inside.
+    nobody: (u32, u32),
+}
+
+impl User<'_> {
+    fn uid(&self, inside: u32) -> u32 {
+        self.ids.uids.outside(inside).unwrap_or(self.nobody.0)
+    }
+
+    fn gid(&self, inside: u32) -> u32 {
+        self.ids.gids.outside(inside).unwrap_or(self.nobody.1)
+    }
+}
+
 struct Rules<'a> {
-    user: Option<UserNamespace<'a>>,
+    user: Option<User<'a>>,
     label: Option<&'a [u8]>,
 }
 
@@ -43,7 +78,7 @@ impl Dress for Rules<'_> {
 
     fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
         match self.user {
-            Some(user) => (user.uids.outside(uid), user.gids.outside(gid)),
+            Some(user) => (user.uid(uid), user.gid(gid)),
             None => (uid, gid),
         }
     }
@@ -65,17 +100,17 @@ impl Dress for Rules<'_> {
 /// The named users and groups of an access control list, as the kernel takes it: four bytes of
 /// version, then for each entry tag and permissions of two bytes and an id of four, all little
 /// endian (include/uapi/linux/posix_acl_xattr.h).
-fn shift_acl(mut acl: Vec<u8>, user: UserNamespace<'_>) -> Vec<u8> {
+fn shift_acl(mut acl: Vec<u8>, user: User<'_>) -> Vec<u8> {
     const USER: u16 = 0x02;
     const GROUP: u16 = 0x08;
     for entry in acl.get_mut(4..).unwrap_or_default().chunks_exact_mut(8) {
-        let ids = match u16::from_le_bytes([entry[0], entry[1]]) {
-            USER => user.uids,
-            GROUP => user.gids,
+        let id = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
+        let outside = match u16::from_le_bytes([entry[0], entry[1]]) {
+            USER => user.uid(id),
+            GROUP => user.gid(id),
             _ => continue,
         };
-        let id = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
-        entry[4..].copy_from_slice(&ids.outside(id).to_le_bytes());
+        entry[4..].copy_from_slice(&outside.to_le_bytes());
     }
     acl
 }
@@ -99,7 +134,7 @@ mod tests {
             bytes.extend(entries.iter().flat_map(|&(tag, id)| entry(tag, id)));
             bytes
         };
-        let user = UserNamespace {
+        let ids = UserNamespace {
             path: Path::new("/"),
             uids: Ids {
                 first: 100_000,
@@ -110,13 +145,23 @@ mod tests {
                 length: 1000,
             },
         };
+        let nobody = (65_534, 65_533);
+        let user = User { ids, nobody };
         let undefined = u32::MAX;
-        let of = [(1, undefined), (2, 33), (2, 5000), (8, 44), (32, undefined)];
+        let of = [
+            (1, undefined),
+            (2, 33),
+            (2, 5000),
+            (8, 44),
+            (8, 1000),
+            (32, undefined),
+        ];
         let is = [
             (1, undefined),
             (2, 100_033),
-            (2, 5000),
+            (2, nobody.0),
             (8, 200_044),
+            (8, nobody.1),
             (32, undefined),
         ];
         assert_eq!(shift_acl(acl(&of), user), acl(&is));

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
 use gantry_ports::snapshotter::{Owner, Snapshotter, Stage, Usage, Whiteouts};
-use gantry_snapshotter_directories::{Layout, layers, mounts, snapshots};
+use gantry_snapshotter_directories::{Layout, layers, measure, mounts, snapshots};
 use gantry_types::{ContainerId, Digest};
 
 const EMPTY: &str = "empty";
@@ -95,7 +95,7 @@ impl Snapshotter for Native {
         let mut measured = Vec::with_capacity(stages.len());
         let mut stages = stages.into_iter();
         while let Some((stage, _)) = stages.next() {
-            match snapshots::measure(vec![stage.dir.clone()]) {
+            match measure(std::slice::from_ref(&stage.dir)) {
                 Ok(usage) => measured.push((stage, usage)),
                 Err(error) => {
                     let all = measured.iter().chain(stages.as_slice());

@@ -89,6 +89,10 @@ fn a_copy_belongs_to_the_ids_of_the_user_namespace() {
         chown(dir.join("of-web"), Some(33), Some(34)).unwrap();
         fs::write(dir.join("of-nobody-here"), "").unwrap();
         chown(dir.join("of-nobody-here"), Some(70_000), Some(5)).unwrap();
+        // Its number is a user's of the host, who would run it as himself.
+        fs::write(dir.join("of-another"), "").unwrap();
+        chown(dir.join("of-another"), Some(300_000), Some(400_000)).unwrap();
+        fs::set_permissions(dir.join("of-another"), fs::Permissions::from_mode(0o6755)).unwrap();
     });
     let owner = Owner {
         user_namespace: Some(UserNamespace {
@@ -113,15 +117,26 @@ fn a_copy_belongs_to_the_ids_of_the_user_namespace() {
         let meta = fs::metadata(target.join(name)).unwrap();
         (meta.uid(), meta.gid(), meta.mode() & 0o7777)
     };
-    let seen = [of("."), of("of-root"), of("of-web"), of("of-nobody-here")];
+    let seen = [
+        of("."),
+        of("of-root"),
+        of("of-web"),
+        of("of-nobody-here"),
+        of("of-another"),
+    ];
     s.unmount(&target).unwrap();
+    let nobody = |name: &str| -> u32 {
+        let text = fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap();
+        text.trim().parse().unwrap()
+    };
     assert_eq!(
         seen,
         [
             (300_000, 400_000, 0o755),
             (300_000, 400_000, 0o4755),
             (300_033, 400_034, 0o644),
-            (70_000, 400_005, 0o644),
+            (nobody("overflowuid"), 400_005, 0o644),
+            (nobody("overflowuid"), nobody("overflowgid"), 0o6755),
         ]
     );
     s.view(&layers, &target, owner).unwrap();
