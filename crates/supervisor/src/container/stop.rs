@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::Container;
 use crate::clock::now_ns;
-use crate::pod::{Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup};
+use crate::pod::{Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup, remove_state};
 use crate::{Context, Error, failpoint};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,7 +278,13 @@ impl Driver {
                     None => delete_from_runtime(&ctx, &handler, &key).await,
                 };
                 deleted?;
-                blocking(move || remove_files(&ctx, &key)).await
+                let state = ctx.settings.handler(&handler);
+                let state = state.map(|handler| handler.root.join(key.as_str()));
+                blocking(move || {
+                    state.as_deref().map_or(Ok(()), remove_state)?;
+                    remove_files(&ctx, &key)
+                })
+                .await
             },
             move |driver, outcome| {
                 let Some(container) = driver.containers.get_mut(&id) else {

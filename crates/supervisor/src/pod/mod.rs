@@ -35,7 +35,7 @@ use crate::{Context, Error};
 pub(crate) use requests::{Awaited, Reply, Request};
 pub(crate) use run::{Asked, check, host_network, hostname, selinux_options};
 pub(crate) use teardown::{
-    delete_from_runtime, end_shim, kill, kill_cgroup, release_network, sweep,
+    delete_from_runtime, end_shim, kill, kill_cgroup, release_network, remove_state, sweep,
 };
 
 /// Messages that may wait in a driver's mailbox before senders are made to wait.

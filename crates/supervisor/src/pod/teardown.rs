@@ -310,12 +310,28 @@ pub(crate) async fn delete_from_runtime(
         let output = gantry_runtime::probe::run_to_completion(&call, limit).map_err(step)?;
         // What counts is that its state is gone: a container that it never knew is an error to it.
         if output.status.success() || !state.exists() {
-            return Ok(());
+            return remove_state(&state);
         }
         let message = gantry_runtime::log::last_error_in(&log).unwrap_or(output.stderr);
         Err(Error::internal("delete from runtime", message))
     })
     .await
+}
+
+/// Removes what the OCI runtime left of its state directory of a container that it has deleted.
+/// runc bind-mounts its own binary there for a moment of each call; one killed in that moment
+/// leaves the mount, and then `delete` cannot remove the directory and says that it is done.
+pub(crate) fn remove_state(state: &Path) -> Result<(), Error> {
+    let failed = |error| Error::io("remove runtime state", state, &error);
+    let entries = match std::fs::read_dir(state) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    for entry in entries {
+        unmount(&entry.map_err(failed)?.path())?;
+    }
+    crate::rundir::remove_dir(state)
 }
 
 #[cfg(test)]

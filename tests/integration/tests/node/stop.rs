@@ -299,3 +299,40 @@ fn removals_at_the_same_time_all_succeed() {
         .await;
     });
 }
+
+/// runc binds its own binary into its state directory for a moment of each call. One that is killed
+/// in that moment leaves the mount, and `runc delete` then leaves the directory.
+#[test]
+fn what_a_killed_runtime_left_mounted_goes_with_its_container() {
+    on_plain_node(
+        "what_a_killed_runtime_left_mounted_goes_with_its_container",
+        async |node| {
+            let image = node.busybox().await;
+            for with_shim in [true, false] {
+                let pod = node.pod("torn").await;
+                let id = node.run(&pod, &sleeper("c", &image)).await;
+                let runtimes = node.daemon.places().state.join("runtime");
+                let mut states = std::fs::read_dir(&runtimes)
+                    .unwrap()
+                    .map(|runtime| runtime.unwrap().path().join(&id));
+                let state = states.find(|state| state.exists()).unwrap();
+                let torn = state.join("runc.torn");
+                std::fs::write(&torn, "").unwrap();
+                let bind = nix::mount::MsFlags::MS_BIND;
+                nix::mount::mount(Some(&torn), &torn, None::<&str>, bind, None::<&str>).unwrap();
+                if !with_shim {
+                    let info = node.pod_info(&pod.id).await;
+                    let shim = i32::try_from(info["shimPid"].as_i64().unwrap()).unwrap();
+                    let shim = nix::unistd::Pid::from_raw(shim);
+                    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).unwrap();
+                    node.exited(&id).await;
+                }
+                node.client.stop(&id, 0).await.unwrap();
+                node.client.remove(&id).await.unwrap();
+                assert!(!state.exists(), "{state:?}");
+                node.client.stop_pod(&pod.id).await.unwrap();
+                node.client.remove_pod(&pod.id).await.unwrap();
+            }
+        },
+    );
+}
