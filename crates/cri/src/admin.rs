@@ -2,12 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use gantry_admin_api::v1::images_server::Images as Service;
 use gantry_admin_api::v1::{
     CollectRequest, CollectResponse, ExportRequest, ExportResponse, ImportRequest, ImportResponse,
-    InspectRequest, InspectResponse, Item, TagRequest, TagResponse, VerifyRequest, VerifyResponse,
+    InspectRequest, InspectResponse, Item, MountRequest, MountResponse, PullRequest, PullResponse,
+    TagRequest, TagResponse, UnmountRequest, UnmountResponse, VerifyRequest, VerifyResponse,
 };
 use gantry_images::{Fate, Images, ItemKind};
 use gantry_supervisor::Supervisor;
@@ -67,6 +70,44 @@ async fn verify(
         notes: verified.notes,
         repaired,
     })
+}
+
+/// Pulls, and tells how far it is from time to time; the last word is the answer.
+async fn watched_pull(
+    images: &Images,
+    reference: String,
+    sender: &tokio::sync::mpsc::Sender<Result<PullResponse, Status>>,
+) -> gantry_images::Result<PullResponse> {
+    const PAUSE: Duration = Duration::from_millis(100);
+    let request = gantry_images::PullRequest {
+        reference,
+        ..Default::default()
+    };
+    let progress = Mutex::new(gantry_images::Progress::default());
+    let counters = || progress.lock().unwrap_or_else(PoisonError::into_inner);
+    let response = |id| {
+        let stand = counters().stand();
+        PullResponse {
+            total: stand.total,
+            fetched: stand.fetched,
+            layers: stand.layers,
+            unpacked: stand.unpacked,
+            id,
+        }
+    };
+    let telling = async {
+        loop {
+            tokio::time::sleep(PAUSE).await;
+            // A client that reads slowly is told less often.
+            if sender.send(Ok(response(String::new()))).await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    };
+    tokio::select! {
+        id = images.pull_watched(request, |watched| *counters() = watched) => Ok(response(id?)),
+        never = telling => never,
+    }
 }
 
 #[tonic::async_trait]
@@ -142,6 +183,50 @@ impl Service for Admin {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
+    type PullStream = ReceiverStream<Result<PullResponse, Status>>;
+
+    async fn pull(
+        &self,
+        request: Request<PullRequest>,
+    ) -> Result<Response<Self::PullStream>, Status> {
+        let name = request.into_inner().name;
+        if name.is_empty() {
+            return Err(invalid("name", "is empty"));
+        }
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let images = self.images.clone();
+        tokio::spawn(async move {
+            let outcome = tokio::select! {
+                outcome = watched_pull(&images, name, &sender) => outcome,
+                // Whoever else waits for this pull keeps it.
+                () = sender.closed() => return,
+            };
+            // Gone at the last moment.
+            let _ = sender.send(outcome.map_err(status)).await;
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn mount(
+        &self,
+        request: Request<MountRequest>,
+    ) -> Result<Response<MountResponse>, Status> {
+        let MountRequest { name, target } = request.into_inner();
+        let mounted = self.supervisor.mount_image(&name, Path::new(&target));
+        let id = mounted.await.map_err(status)?.image_id;
+        Ok(Response::new(MountResponse { id }))
+    }
+
+    async fn unmount(
+        &self,
+        request: Request<UnmountRequest>,
+    ) -> Result<Response<UnmountResponse>, Status> {
+        let target = request.into_inner().target;
+        let unmounted = self.supervisor.unmount_image(Path::new(&target));
+        unmounted.await.map_err(status)?;
+        Ok(Response::new(UnmountResponse {}))
+    }
+
     async fn tag(&self, request: Request<TagRequest>) -> Result<Response<TagResponse>, Status> {
         let TagRequest { source, target } = request.into_inner();
         let (id, name) = self.images.tag(&source, &target).await.map_err(status)?;
@@ -153,7 +238,11 @@ impl Service for Admin {
         request: Request<InspectRequest>,
     ) -> Result<Response<InspectResponse>, Status> {
         let name = request.into_inner().name;
-        let facts = self.images.inspect(&name).await.map_err(status)?;
+        let mut facts = self.images.inspect(&name).await.map_err(status)?;
+        let users = facts["id"]
+            .as_str()
+            .map(|id| self.supervisor.image_users(id));
+        facts["usedBy"] = users.unwrap_or_default().into();
         let json = facts.to_string();
         Ok(Response::new(InspectResponse { json }))
     }

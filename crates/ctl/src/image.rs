@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use gantry_admin_api::v1::images_client::ImagesClient;
 use gantry_admin_api::v1::{
-    CollectRequest, ExportRequest, ImportRequest, InspectRequest, Item, TagRequest, VerifyRequest,
+    CollectRequest, ExportRequest, ImportRequest, InspectRequest, Item, MountRequest, PullRequest,
+    TagRequest, UnmountRequest, VerifyRequest,
 };
 use gantry_cri_api::v1 as cri;
 use gantry_cri_api::v1::image_service_client::ImageServiceClient;
@@ -39,6 +40,15 @@ pub enum Command {
     },
     /// Pull an image with the node's own credentials
     Pull { name: String },
+    /// Mount an image's root file system, read-only; its layers stay until it is unmounted
+    Mount {
+        /// Name or id
+        name: String,
+        /// A directory on which nothing is mounted
+        target: PathBuf,
+    },
+    /// Unmount what `mount` has mounted
+    Unmount { target: PathBuf },
     /// Give an image another name
     Tag {
         /// Name or id
@@ -98,6 +108,8 @@ pub async fn run(command: Command, channel: Channel) -> Result<ExitCode> {
         } => import(channel, &file, name, no_unpack).await?,
         Command::Export { names, output } => export(channel, names, &output).await?,
         Command::Pull { name } => pull(channel, name).await?,
+        Command::Mount { name, target } => mount(channel, name, &target).await?,
+        Command::Unmount { target } => unmount(channel, &target).await?,
         Command::Tag { source, target } => tag(channel, source, target).await?,
         Command::Rm { names } => remove(channel, names).await?,
         Command::Inspect { names } => inspect(channel, names).await?,
@@ -109,17 +121,47 @@ pub async fn run(command: Command, channel: Channel) -> Result<ExitCode> {
 }
 
 async fn pull(channel: Channel, name: String) -> Result<()> {
-    let image = Some(cri::ImageSpec {
-        image: name,
-        ..Default::default()
-    });
-    let request = cri::PullImageRequest {
-        image,
-        ..Default::default()
-    };
-    let answer = ImageServiceClient::new(channel).pull_image(request).await;
-    println!("{}", answer.map_err(status)?.into_inner().image_ref);
+    let answers = ImagesClient::new(channel).pull(PullRequest { name }).await;
+    let mut answers = answers.map_err(status)?.into_inner();
+    let mut progress = Progress::new("pull", None);
+    let mut id = String::new();
+    while let Some(stand) = answers.message().await.map_err(status)? {
+        progress.set(stand.fetched, Some(stand.total));
+        id = stand.id;
+    }
+    drop(progress);
+    anyhow::ensure!(
+        !id.is_empty(),
+        "gantryd went away in the middle of the pull"
+    );
+    println!("{id}");
     Ok(())
+}
+
+async fn mount(channel: Channel, name: String, target: &Path) -> Result<()> {
+    let target = absolute(target)?;
+    let answer = ImagesClient::new(channel)
+        .mount(MountRequest { name, target })
+        .await;
+    println!("{}", answer.map_err(status)?.into_inner().id);
+    Ok(())
+}
+
+async fn unmount(channel: Channel, target: &Path) -> Result<()> {
+    let target = absolute(target)?;
+    let answer = ImagesClient::new(channel)
+        .unmount(UnmountRequest { target })
+        .await;
+    answer.map_err(status)?;
+    Ok(())
+}
+
+/// A path as the daemon, which runs elsewhere, is to take it.
+fn absolute(path: &Path) -> Result<String> {
+    let absolute = std::path::absolute(path);
+    let absolute = absolute.with_context(|| format!("path {}", path.display()))?;
+    let text = absolute.into_os_string().into_string();
+    text.map_err(|_| anyhow::anyhow!("path {}: is not UTF-8", path.display()))
 }
 
 async fn tag(channel: Channel, source: String, target: String) -> Result<()> {

@@ -30,7 +30,13 @@ impl Progress {
     }
 
     pub fn add(&mut self, bytes: usize) {
-        self.done += bytes as u64;
+        self.set(self.done + bytes as u64, self.total);
+    }
+
+    /// As far as somebody else has counted.
+    pub fn set(&mut self, done: u64, total: Option<u64>) {
+        self.done = done;
+        self.total = total.filter(|&total| total > 0);
         let due = self.shown.is_none_or(|shown| shown.elapsed() >= PAUSE);
         if self.terminal && due {
             self.shown = Some(Instant::now());

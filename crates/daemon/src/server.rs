@@ -327,6 +327,7 @@ fn settings(config: &Config) -> Result<Settings> {
     Ok(Settings {
         host,
         root: config.root.clone(),
+        image_root: config.image_root().to_owned(),
         state: config.state.clone(),
         netns_dir: config.network.netns_dir.clone(),
         shim: shim(config)?,

@@ -20,6 +20,7 @@ use crate::document::{self, Config, Descriptor, Document, Manifest};
 use crate::hash::{self, HashingReader};
 use crate::lease::Lease;
 use crate::partial::{Follow, Partial};
+use crate::progress::Progress;
 use crate::registry::{Followed, Session};
 use crate::service::{Inner, blocking};
 use crate::unpack::{self, Unpacked};
@@ -105,11 +106,16 @@ pub async fn install(
         .as_ref()
         .map(|session| session.cancel.clone())
         .unwrap_or_default();
-    let staged = fetch_and_stage(inner, session, missing).await?;
+    let progress = session
+        .as_ref()
+        .map(|session| session.progress.clone())
+        .unwrap_or_default();
+    progress.to_unpack(missing.len());
+    let staged = fetch_and_stage(inner, session, missing, &progress).await?;
     let (work, chains) = (inner.clone(), chains);
     blocking("layer commit", move || {
         cancel.check()?;
-        commit(&work, &chains, staged, &cancel)
+        commit(&work, &chains, staged, &cancel, &progress)
     })
     .await?;
     Ok(lease)
@@ -348,6 +354,7 @@ async fn fetch_and_stage(
     inner: &Arc<Inner>,
     session: Option<Arc<Session>>,
     missing: Vec<Layer>,
+    progress: &Progress,
 ) -> Result<Vec<(Layer, Option<Staged>)>> {
     let cancel = session
         .as_ref()
@@ -377,7 +384,12 @@ async fn fetch_and_stage(
             Err(_) => (0, Err(Error::Worker { what: "layer task" })),
         };
         match result {
-            Ok(layer) => staged.push((n, layer)),
+            Ok(layer) => {
+                if layer.1.is_some() {
+                    progress.unpacked();
+                }
+                staged.push((n, layer));
+            }
             Err(error) if failed.is_none() => {
                 // Downloads and unpacking threads are told, and waited for, so that a pull that
                 // has ended leaves nobody writing.
@@ -473,6 +485,7 @@ fn commit(
     chains: &[Digest],
     staged: Vec<(Layer, Option<Staged>)>,
     cancel: &Cancel,
+    progress: &Progress,
 ) -> Result<()> {
     let snapshotter = &inner.snapshotter;
     let mut ready: Vec<(Stage, gantry_ports::snapshotter::Usage)> = Vec::new();
@@ -489,6 +502,7 @@ fn commit(
                     let occupied = snapshotter.commit(vec![(stage, usage)])?;
                     inner.usage().extend(occupied);
                 }
+                progress.unpacked();
                 continue;
             }
         };

@@ -8,6 +8,7 @@ use futures::future::{BoxFuture, Shared};
 
 use crate::cancel::Cancel;
 use crate::credentials::Credentials;
+use crate::progress::Progress;
 use crate::pull;
 use crate::reference::Reference;
 use crate::service::{Inner, PullRequest};
@@ -22,6 +23,7 @@ type Key = (String, Credentials);
 struct Joinable {
     outcome: Shared<BoxFuture<'static, Outcome>>,
     cancel: Cancel,
+    progress: Progress,
     waiters: usize,
     /// Tells this pull from a later one under the same key.
     serial: u64,
@@ -80,8 +82,13 @@ impl Drop for Waiter {
     }
 }
 
-/// Joins the pull of this reference with these credentials, or starts it.
-pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
+/// Joins the pull of this reference with these credentials, or starts it. `watch` is given its
+/// counters.
+pub async fn pull(
+    inner: &Arc<Inner>,
+    request: PullRequest,
+    watch: impl FnOnce(Progress),
+) -> Result<String> {
     let reference: Reference = request.reference.parse()?;
     let key = (reference.to_string(), request.credentials);
     let (outcome, _waiter) = {
@@ -89,13 +96,13 @@ pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
         state.serial += 1;
         let serial = state.serial;
         let pull = state.pulls.entry(key.clone()).or_insert_with(|| {
-            let cancel = Cancel::default();
+            let (cancel, progress) = (Cancel::default(), Progress::default());
             let task = run(
                 inner.clone(),
                 reference,
                 key.clone(),
                 serial,
-                cancel.clone(),
+                (cancel.clone(), progress.clone()),
             );
             let task = tokio::spawn(task);
             let ended = Error::Worker { what: "image pull" };
@@ -103,11 +110,13 @@ pub async fn pull(inner: &Arc<Inner>, request: PullRequest) -> Result<String> {
             Joinable {
                 outcome: outcome.boxed().shared(),
                 cancel,
+                progress,
                 waiters: 0,
                 serial,
             }
         });
         pull.waiters += 1;
+        watch(pull.progress.clone());
         let waiter = Waiter {
             inner: inner.clone(),
             serial: pull.serial,
@@ -124,7 +133,7 @@ async fn run(
     reference: Reference,
     key: Key,
     serial: u64,
-    cancel: Cancel,
+    (cancel, progress): (Cancel, Progress),
 ) -> Outcome {
     // Taken out of the map also if the pull panics.
     struct Leave(Arc<Inner>, Key, u64);
@@ -134,6 +143,6 @@ async fn run(
         }
     }
     let leave = Leave(inner.clone(), key, serial);
-    let result = pull::pull(&inner, &reference, &leave.1.1, &cancel).await;
+    let result = pull::pull(&inner, &reference, &leave.1.1, &cancel, &progress).await;
     result.map_err(Arc::new)
 }

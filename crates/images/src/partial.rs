@@ -98,6 +98,13 @@ impl Partial {
         self.lock().have.gap(within)
     }
 
+    /// Bytes that are not there.
+    pub fn absent(&self) -> u64 {
+        let state = self.lock();
+        let there = state.have.0.iter().map(|span| span.end - span.start);
+        self.size.saturating_sub(there.sum())
+    }
+
     /// Writes what is not there yet of `data`, which belongs at `offset`. Blocks.
     pub fn write_at(&self, mut offset: u64, data: &[Bytes]) -> Result<()> {
         let start = offset;

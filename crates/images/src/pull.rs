@@ -12,6 +12,7 @@ use crate::credentials::Credentials;
 use crate::document::{self, Descriptor, Document};
 use crate::install;
 use crate::lease::Lease;
+use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::registry::{Served, Session};
 use crate::service::{Inner, LayersInUse, blocking};
@@ -62,7 +63,7 @@ pub async fn renew(
         inner,
         reference,
         credentials,
-        cancel,
+        (cancel, &Progress::default()),
         &mut Vec::new(),
         renew,
     )
@@ -76,10 +77,12 @@ pub async fn pull(
     reference: &Reference,
     credentials: &Credentials,
     cancel: &Cancel,
+    progress: &Progress,
 ) -> Result<String> {
     let mut fresh = Vec::new();
     let none = Renew::default();
-    let pulled = pull_image(inner, reference, credentials, cancel, &mut fresh, none).await;
+    let watch = (cancel, progress);
+    let pulled = pull_image(inner, reference, credentials, watch, &mut fresh, none).await;
     // What was fetched is for the next try: but a full disk is not the time to keep it, and an
     // image that is not sound will be none then.
     if let Err(error) = &pulled
@@ -98,7 +101,7 @@ async fn pull_image(
     inner: &Arc<Inner>,
     reference: &Reference,
     credentials: &Credentials,
-    cancel: &Cancel,
+    (cancel, progress): (&Cancel, &Progress),
     fresh: &mut Vec<Digest>,
     renew: Renew,
 ) -> Result<String> {
@@ -110,7 +113,9 @@ async fn pull_image(
             .client
             .session(reference, credentials, &inner.budget, &ended)
     });
-    let session = Arc::new(session.await?);
+    let mut session = session.await?;
+    session.progress = progress.clone();
+    let session = Arc::new(session);
     let mut walk = Walk {
         inner,
         session: &session,

@@ -22,6 +22,7 @@ use crate::image::Image;
 use crate::joined::Pulls;
 use crate::lease::{Lease, Leases};
 use crate::platform::Accepted;
+use crate::progress::Progress;
 use crate::pull::BlobLocks;
 use crate::reference::Reference;
 use crate::unpack::Limits;
@@ -188,7 +189,16 @@ impl Images {
     /// that come while one is under way share it. The pull goes on while anybody waits for it;
     /// once all of its callers have left it ends, and the next one goes on with what it fetched.
     pub async fn pull(&self, request: PullRequest) -> Result<String> {
-        crate::joined::pull(&self.inner, request).await
+        self.pull_watched(request, drop).await
+    }
+
+    /// As [`Images::pull`]; `watch` is given the counters of the pull before it goes on.
+    pub async fn pull_watched(
+        &self,
+        request: PullRequest,
+        watch: impl FnOnce(Progress),
+    ) -> Result<String> {
+        crate::joined::pull(&self.inner, request, watch).await
     }
 
     /// Every image. From memory.

@@ -10,6 +10,8 @@ mod error;
 mod failpoint;
 mod forward;
 pub mod host;
+mod image_mounts;
+mod mountinfo;
 mod pod;
 mod records;
 mod recover;
@@ -20,7 +22,7 @@ mod shim;
 mod undo;
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -43,9 +45,11 @@ pub use container::{
 pub use error::Error;
 pub use forward::Forward;
 pub use host::Host;
+pub use image_mounts::ImageMount;
 pub use recover::Summary;
 pub use settings::{Handler, HandlerFeatures, Settings, Timeouts};
 
+use image_mounts::ImageMounts;
 use pod::{Awaited, Driver, MAILBOX, Msg, Reply, Request, host_network, reply};
 use records::Records;
 use registry::{ContainerView, PodFacts, PodName, PodView, Registry, Reserved};
@@ -64,6 +68,8 @@ pub(crate) struct Context {
     pub registry: Registry,
     /// Recovery met records that it could not read.
     pub unreadable: AtomicBool,
+    /// What gantryctl has mounted.
+    pub image_mounts: ImageMounts,
     /// One permit for each connection into a pod.
     pub forwards: Arc<Semaphore>,
 }
@@ -78,8 +84,19 @@ pub struct Stdio {
 }
 
 impl Context {
-    /// Layers that containers stand on, whatever became of their image. A record that cannot be
-    /// read may name any of them, so then it is all.
+    /// Whether a path, its links resolved, lies in gantry's own directories.
+    pub(crate) fn owns(&self, path: &Path) -> bool {
+        let settings = &self.settings;
+        let dirs = [&settings.root, &settings.state, &settings.image_root];
+        dirs.into_iter()
+            // Where they are by another name, links resolved.
+            .flat_map(|dir| [Some(dir.clone()), std::fs::canonicalize(dir).ok()])
+            .flatten()
+            .any(|dir| path.starts_with(dir))
+    }
+
+    /// Layers that containers and mounted images stand on, whatever became of their image. A record
+    /// that cannot be read may name any of them, so then it is all.
     fn layers_in_use(&self) -> HashSet<Digest> {
         if self.unreadable.load(Ordering::Acquire) {
             let layers = self.snapshotter.layers().unwrap_or_default();
@@ -92,7 +109,10 @@ impl Context {
             let mounted = record.image_mounts.iter().flat_map(|image| &image.layers);
             record.layers.iter().chain(mounted)
         });
-        layers.filter_map(|layer| layer.parse().ok()).collect()
+        let layers = layers.filter_map(|layer| layer.parse().ok());
+        let mounted = self.image_mounts.all();
+        let mounted = mounted.into_iter().flat_map(|mount| mount.layers);
+        layers.chain(mounted).collect()
     }
 
     /// A container has gone: when an image of its was removed before it, the layers go now.
@@ -156,6 +176,7 @@ impl Supervisor {
             scopes,
             registry,
             unreadable,
+            image_mounts: ImageMounts::default(),
             forwards: Arc::new(Semaphore::new(forward::MAX_FORWARDS)),
         };
         Ok(Self { ctx: Arc::new(ctx) })
@@ -183,12 +204,41 @@ impl Supervisor {
         &self.ctx.registry
     }
 
-    /// Layers that containers stand on, whatever became of their image.
+    /// Layers that containers and mounted images stand on, whatever became of their image.
     pub fn layers_in_use(&self) -> HashSet<Digest> {
         self.ctx.layers_in_use()
     }
 
-    /// By chain id: the containers that stand on it, or why it counts as used by somebody.
+    /// Mounts an image at `target`, an existing directory on which nothing is mounted, for all to
+    /// read and nobody to write; its layers stay until [`Supervisor::unmount_image`].
+    pub async fn mount_image(&self, image: &str, target: &Path) -> Result<ImageMount, Error> {
+        image_mounts::mount(&self.ctx, image, target).await
+    }
+
+    /// Takes away what [`Supervisor::mount_image`] has mounted.
+    pub async fn unmount_image(&self, target: &Path) -> Result<(), Error> {
+        image_mounts::unmount(&self.ctx, target).await
+    }
+
+    /// Containers (`container ID`) and mounts (`mount PATH`) that an image has, by its id.
+    pub fn image_users(&self, image_id: &str) -> Vec<String> {
+        let pods = self.ctx.registry.pods();
+        let containers = pods.iter().flat_map(|pod| &pod.containers);
+        let containers = containers.filter(|container| {
+            let record = &container.facts.record;
+            let mut mounted = record.image_mounts.iter();
+            record.image_id == image_id || mounted.any(|image| image.image_id == image_id)
+        });
+        let containers = containers.map(|container| format!("container {}", container.facts.id));
+        let mounts = self.ctx.image_mounts.all().into_iter();
+        let mounts = mounts.filter(|mount| mount.image_id == image_id);
+        containers
+            .chain(mounts.map(|mount| format!("mount {}", mount.target.display())))
+            .collect()
+    }
+
+    /// By chain id: the containers and mounts that stand on it, or why it counts as used by
+    /// somebody.
     pub fn layer_holders(&self) -> HashMap<Digest, Vec<String>> {
         let mut holders: HashMap<Digest, Vec<String>> = HashMap::new();
         if self.ctx.unreadable.load(Ordering::Acquire) {
@@ -210,6 +260,12 @@ impl Supervisor {
             for chain in chains {
                 let holder = format!("container {}", container.facts.id);
                 holders.entry(chain).or_default().push(holder);
+            }
+        }
+        for mount in self.ctx.image_mounts.all() {
+            let holder = format!("mount {}", mount.target.display());
+            for chain in mount.layers {
+                holders.entry(chain).or_default().push(holder.clone());
             }
         }
         holders

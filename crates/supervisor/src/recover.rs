@@ -174,6 +174,11 @@ pub(crate) async fn recover(ctx: &Arc<Context>) -> Result<Summary, Error> {
         let unreadable = complete_store(&ctx_)?;
         let (recorded, mut summary) = load(&ctx_)?;
         summary.unreadable += unreadable;
+        if let Err(error) = ctx_.image_mounts.load(&ctx_.records.dirs.image_mounts()) {
+            // It may name any layer.
+            tracing::error!(%error, "which images are mounted is not known: no layer is removed");
+            summary.unreadable += 1;
+        }
         Ok((recorded, summary))
     })
     .await?;

@@ -10,6 +10,7 @@
 //!                       rootfs/                          mount point
 //!                       images/<n>/                      mount points: images among its mounts
 //!                       exit                             written by the shim
+//! <state>/image-mounts              images that gantryctl has mounted (src/image_mounts.rs)
 //! <netns dir>/gantry-<pod id>                            pinned network namespace
 //! ```
 //!
@@ -79,6 +80,10 @@ impl RunDirs {
 
     pub fn images(&self, id: &ContainerId) -> PathBuf {
         self.container(id).join("images")
+    }
+
+    pub fn image_mounts(&self) -> PathBuf {
+        self.state.join("image-mounts")
     }
 
     pub fn netns(&self, id: &PodId) -> PathBuf {

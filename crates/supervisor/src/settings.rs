@@ -39,6 +39,8 @@ pub struct HandlerFeatures {
 pub struct Settings {
     /// `/var/lib/gantry`: records, images, layers.
     pub root: PathBuf,
+    /// Where images and layers are kept; may be below `root`.
+    pub image_root: PathBuf,
     /// `/run/gantry`: run directories, on a tmpfs.
     pub state: PathBuf,
     /// Directory of pinned network namespaces, `/var/run/netns`.

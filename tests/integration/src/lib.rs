@@ -3,6 +3,7 @@
 
 pub mod crictl;
 pub mod echo;
+pub mod gantryctl;
 pub mod kubectl;
 pub mod log;
 pub mod streaming;

@@ -93,6 +93,7 @@ impl Session {
         };
         let mut failures = Failures::default();
         let mut partial = open(content, blob, false).await?;
+        self.progress.to_fetch(partial.absent());
         let mut reader = start(&partial);
         let mut hosts = self.endpoints.iter().filter(|host| host.host.pull);
         let mut host = hosts.next();
@@ -134,6 +135,7 @@ impl Session {
             }
             drop(partial);
             partial = open(content, blob, true).await?;
+            self.progress.to_fetch(partial.absent());
             // The fault may be with what was here before: then the host may try alone.
             if !std::mem::take(&mut mixed) {
                 let reason = format!("{}: the content has another digest", blob.digest);
@@ -315,6 +317,7 @@ impl Session {
                         () = allowed => {}
                         error = self.cancel.cancelled() => break Err(Failure::Local(error)),
                     }
+                    self.progress.fetched(chunk.len() as u64);
                     if let Err(failure) = writer.write(chunk).await {
                         break Err(failure);
                     }

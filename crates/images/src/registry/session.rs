@@ -12,6 +12,7 @@ use crate::budget::Budget;
 use crate::cancel::Cancel;
 use crate::document::{ACCEPT, DOCUMENT_MAX};
 use crate::hash;
+use crate::progress::Progress;
 use crate::reference::Reference;
 
 pub struct Session {
@@ -21,6 +22,8 @@ pub struct Session {
     pub(super) budget: Budget,
     /// The pull has failed or is not wanted any more: downloads end.
     pub cancel: Cancel,
+    /// Of the pull that this is for.
+    pub progress: Progress,
 }
 
 /// A manifest or index as served.
@@ -62,6 +65,7 @@ impl Session {
             settings,
             budget,
             cancel,
+            progress: Progress::default(),
         }
     }
 

@@ -19,10 +19,9 @@ use gantry_types::{ContainerId, Digest, ErrorKind};
 use super::root::Owners;
 use crate::registry::ContainerFacts;
 use crate::rundir::{make_dir, names};
-use crate::{Context, Error, failpoint};
+use crate::{Context, Error, failpoint, mountinfo};
 
 const STEP: &str = "resolve mount";
-const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// The kubelet reads the first word of the text.
 fn image_error(mount: &cri::Mount, reason: impl std::fmt::Display) -> Error {
@@ -85,11 +84,14 @@ pub(super) fn resolve(
         };
         if mount.propagation() != cri::MountPropagation::PropagationPrivate {
             if table.is_none() {
-                let text = fs::read_to_string(MOUNTINFO)
-                    .map_err(|error| Error::io(STEP, Path::new(MOUNTINFO), &error))?;
-                table = Some(text);
+                table = Some(mountinfo::read()?);
             }
-            propagation(table.as_deref().unwrap_or_default(), &mut resolved);
+            let held = mountinfo::holding(table.as_deref().unwrap_or_default(), &resolved.source);
+            if let Some(held) = held.cloned() {
+                resolved.point = held.point;
+                resolved.shared = held.shared;
+                resolved.slave = held.slave;
+            }
         }
         mounts.push(resolved);
     }
@@ -103,19 +105,11 @@ fn host_path(ctx: &Context, mount: &cri::Mount, path: &Path) -> Result<PathBuf, 
         field: format!("mounts[{}].host_path", mount.container_path),
         reason,
     };
-    let ours = |path: &Path| {
-        let dirs = [&ctx.settings.root, &ctx.settings.state];
-        dirs.into_iter()
-            // Where they are by another name, links resolved.
-            .flat_map(|dir| [Some(dir.clone()), fs::canonicalize(dir).ok()])
-            .flatten()
-            .any(|dir| path.starts_with(dir))
-    };
     match path.try_exists() {
         Ok(true) => {}
         Ok(false) => {
             // A directory of a pod's author among ours would be taken for one of ours.
-            if ours(&nearest(path).map_err(|error| failed(&error))?) {
+            if ctx.owns(&nearest(path).map_err(|error| failed(&error))?) {
                 let reason = format!(
                     "{} is missing and would lie in gantry's own directories",
                     path.display()
@@ -129,7 +123,7 @@ fn host_path(ctx: &Context, mount: &cri::Mount, path: &Path) -> Result<PathBuf, 
     let real = fs::canonicalize(path).map_err(|error| failed(&error))?;
     // What the container mounts there would appear over layers and records of others.
     let writes_back = mount.propagation() == cri::MountPropagation::PropagationBidirectional;
-    if writes_back && ours(&real) {
+    if writes_back && ctx.owns(&real) {
         let reason = format!(
             "{} is gantry's own: mounts cannot propagate to it",
             real.display()
@@ -222,65 +216,9 @@ pub(crate) fn unmount(ctx: &Context, id: &ContainerId) -> Result<(), Error> {
     outcome
 }
 
-/// Notes which mount holds the source, whether it is shared, and whether it is a slave (proc(5)
-/// mountinfo).
-fn propagation(table: &str, mount: &mut HostMount) {
-    for line in table.lines() {
-        let Some((head, _)) = line.split_once(" - ") else {
-            continue;
-        };
-        let mut fields = head.split(' ');
-        let Some(point) = fields.nth(4).map(|field| PathBuf::from(unescape(field))) else {
-            continue;
-        };
-        let depth = |path: &Path| path.as_os_str().len();
-        if !mount.source.starts_with(&point) || depth(&point) < depth(&mount.point) {
-            continue;
-        }
-        // Later lines cover earlier ones at the same point.
-        let optional: Vec<_> = fields.skip(1).collect();
-        mount.point = point;
-        mount.shared = optional.iter().any(|field| field.starts_with("shared:"));
-        mount.slave = optional.iter().any(|field| field.starts_with("master:"));
-    }
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
-fn unescape(field: &str) -> String {
-    ["\\040", "\\011", "\\012", "\\134"]
-        .iter()
-        .zip([" ", "\t", "\n", "\\"])
-        .fold(field.to_owned(), |text, (code, plain)| {
-            text.replace(code, plain)
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_path_has_the_propagation_of_the_mount_that_holds_it() {
-        let table = "\
-22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
-30 22 0:25 / /run rw shared:5 - tmpfs tmpfs rw
-31 30 0:26 / /run/with\\040space rw shared:7 master:6 - tmpfs tmpfs rw
-";
-        for (source, point, shared, slave) in [
-            ("/etc", "/", false, false),
-            ("/run/x", "/run", true, false),
-            ("/run/with space/x", "/run/with space", true, true),
-            ("/running", "/", false, false),
-        ] {
-            let mut mount = HostMount {
-                source: source.into(),
-                ..HostMount::default()
-            };
-            propagation(table, &mut mount);
-            assert_eq!(mount.point, Path::new(point), "{source}");
-            assert_eq!((mount.shared, mount.slave), (shared, slave), "{source}");
-        }
-    }
 
     #[test]
     fn what_is_missing_would_be_made_where_the_links_lead() {

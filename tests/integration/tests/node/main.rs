@@ -8,6 +8,7 @@ mod containers;
 mod crossing;
 mod devices;
 mod exec;
+mod gantryctl;
 mod images;
 mod init;
 mod lists;
