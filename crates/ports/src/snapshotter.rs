@@ -152,7 +152,8 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Removes a container's snapshot; absent is success. The caller has unmounted it.
     fn remove(&self, container: &ContainerId) -> Result<(), Error>;
 
-    /// Start-up: removes what a killed process left half made (stages, trash). Called before
-    /// any other call, when nothing of this process is under way.
+    /// Start-up: takes what a killed process left half made out of sight. Called before any other
+    /// call, when nothing of this process is under way. What it occupied comes back with
+    /// [`Snapshotter::purge`]: the daemon does not wait for that.
     fn clean(&self) -> Result<(), Error>;
 }

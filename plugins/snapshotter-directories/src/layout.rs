@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use gantry_ports::Error;
 use gantry_types::{ContainerId, Digest};
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 /// Where everything is: layers below one root, and what is containers' own below another or the
@@ -18,8 +18,8 @@ use rustix::io::Errno;
 pub struct Layout {
     images: PathBuf,
     containers: PathBuf,
-    /// Names of stages and trash: unique within the process, and [`Layout::clean`] empties both
-    /// directories before the first is given out.
+    /// Names of stages and trash, unique within the process. Those that a former one left are
+    /// stepped over.
     serial: AtomicU64,
 }
 
@@ -133,12 +133,15 @@ impl Layout {
         }
     }
 
-    /// Renames `path` away, then deletes it.
+    /// Renames `path` away, then deletes it. What cannot be deleted stays in the trash, of which
+    /// every purge tries to delete all: it is out of sight, which is what callers count on.
     pub fn delete(&self, path: &Path) -> Result<(), Error> {
-        match self.discard(path)? {
-            Some(trash) => remove_tree(&trash),
-            None => Ok(()),
+        if let Some(trash) = self.discard(path)?
+            && let Err(error) = remove_tree(&trash)
+        {
+            tracing::warn!(path = %path.display(), %error, "its space is not given back");
         }
+        Ok(())
     }
 
     /// Deletes what is in the trash. All of it is tried; the first failure is returned.
@@ -147,11 +150,15 @@ impl Layout {
         empty(&images.join(TRASH)).and(empty(&containers.join(TRASH)))
     }
 
-    /// Removes stages and trash of a process that is gone.
+    /// Takes stages of a process that is gone out of sight. To delete them may take minutes, for
+    /// which nobody may have to wait at a start: that is for a purge.
     pub fn clean(&self) -> Result<(), Error> {
-        let [images, containers] = self.roots();
-        let stages = empty(&images.join(STAGES)).and(empty(&containers.join(STAGES)));
-        stages.and(self.purge())
+        for root in self.roots() {
+            for stage in entries(&root.join(STAGES))? {
+                self.discard(&stage)?;
+            }
+        }
+        Ok(())
     }
 
     fn next(&self) -> u64 {
@@ -208,13 +215,59 @@ fn try_remove_tree(path: &Path) -> Result<(), Errno> {
         other => other?,
     };
     let mut moved = 0;
+    // Another that deletes the same tree may move directories up behind our back.
+    let mut filled = 0;
     loop {
         let before = moved;
         clear(&top, &top, 0, &mut moved)?;
         if moved == before {
-            return rustix::fs::rmdir(path);
+            match rustix::fs::rmdir(path) {
+                Err(Errno::NOTEMPTY) if filled < FILLED_MAX => filled += 1,
+                done => return done,
+            }
         }
     }
+}
+
+/// How often a directory that was emptied may be found filled again.
+const FILLED_MAX: u32 = 100;
+
+/// unlinkat(2), also of what a container has protected from it (chattr(1), `i` and `a`), by itself
+/// or by its directory.
+fn unlink(dir: &OwnedFd, name: &CStr, flags: AtFlags) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(dir, name, flags) {
+        Err(Errno::PERM) => {
+            let protected = unprotect(dir, name);
+            // An old kernel says PERM for a directory too.
+            protected.and_then(|()| rustix::fs::unlinkat(dir, name, flags))
+        }
+        done => done,
+    }
+}
+
+/// Takes the flags off that forbid to delete `name`.
+fn unprotect(dir: &OwnedFd, name: &CStr) -> Result<(), Errno> {
+    let clear = |file: &OwnedFd| {
+        let protection = IFlags::IMMUTABLE | IFlags::APPEND;
+        match rustix::fs::ioctl_getflags(file) {
+            Ok(flags) if flags.intersects(protection) => {
+                rustix::fs::ioctl_setflags(file, flags - protection)
+            }
+            // Some file systems have no flags.
+            _ => Ok(()),
+        }
+    };
+    clear(dir)?;
+    let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    // Nothing else has flags, and to open a device is to use it.
+    if !matches!(
+        FileType::from_raw_mode(stat.st_mode),
+        FileType::RegularFile | FileType::Directory
+    ) {
+        return Ok(());
+    }
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    clear(&rustix::fs::openat(dir, name, flags, Mode::empty())?)
 }
 
 fn open_directory(dir: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
@@ -236,7 +289,7 @@ fn clear(top: &OwnedFd, dir: &OwnedFd, depth: u32, moved: &mut u64) -> Result<()
             continue;
         }
         if entry.file_type() != FileType::Directory {
-            match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+            match unlink(dir, name, AtFlags::empty()) {
                 // A directory after all, on a file system that does not say so in readdir.
                 Err(Errno::ISDIR) => {}
                 other => {
@@ -254,7 +307,7 @@ fn clear(top: &OwnedFd, dir: &OwnedFd, depth: u32, moved: &mut u64) -> Result<()
             other => other?,
         };
         clear(top, &inner, depth + 1, moved)?;
-        gone(rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR))?;
+        gone(unlink(dir, name, AtFlags::REMOVEDIR))?;
     }
     Ok(())
 }
@@ -274,6 +327,56 @@ fn move_up(dir: &OwnedFd, name: &CStr, top: &OwnedFd, moved: &mut u64) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_protected_is_deleted_too() {
+        let work = tempfile::tempdir().unwrap();
+        let tree = work.path().join("tree");
+        fs::create_dir_all(tree.join("dir/below")).unwrap();
+        fs::write(tree.join("dir/file"), "x").unwrap();
+        fs::write(tree.join("dir/below/log"), "x").unwrap();
+        for (path, flag) in [
+            ("dir/file", IFlags::IMMUTABLE),
+            ("dir/below/log", IFlags::APPEND),
+            ("dir/below", IFlags::IMMUTABLE),
+            ("dir", IFlags::IMMUTABLE),
+        ] {
+            let file = fs::File::open(tree.join(path)).unwrap();
+            if let Err(error) = rustix::fs::ioctl_setflags(&file, flag) {
+                // No root, or a file system without.
+                println!("SKIP what_is_protected_is_deleted_too: {error}");
+                return;
+            }
+        }
+        assert!(fs::remove_dir_all(&tree).is_err());
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists());
+    }
+
+    #[test]
+    fn what_cannot_be_deleted_is_out_of_sight_and_holds_up_nobody() {
+        let work = tempfile::tempdir().unwrap();
+        let layout = Layout::open(work.path()).unwrap();
+        let stage = layout.new_stage().unwrap();
+        // Not to be deleted by anybody: a mount point.
+        let busy = stage.join("busy");
+        fs::create_dir(&busy).unwrap();
+        if let Err(error) = rustix::mount::mount_bind(&busy, &busy) {
+            println!("SKIP what_cannot_be_deleted_is_out_of_sight_and_holds_up_nobody: {error}");
+            return;
+        }
+        layout.clean().unwrap();
+        let deleted = layout.new_stage().and_then(|other| layout.delete(&other));
+        let left = layout.purge();
+        let trash = entries(&work.path().join(TRASH)).unwrap();
+        for path in &trash {
+            let _ = rustix::mount::unmount(path.join("busy"), rustix::mount::UnmountFlags::DETACH);
+        }
+        deleted.unwrap();
+        assert!(left.is_err() && trash.len() == 1 && !stage.exists());
+        layout.purge().unwrap();
+        assert!(entries(&work.path().join(TRASH)).unwrap().is_empty());
+    }
 
     #[test]
     fn a_tree_deeper_than_any_stack_is_deleted() {

@@ -59,6 +59,8 @@ pub fn open_with_store(
 ) -> Result<(Images, Arc<dyn Snapshotter>)> {
     let snapshotter: Arc<dyn Snapshotter> = Arc::new(Overlayfs::open(root)?);
     snapshotter.clean()?;
+    // As the collection after a start does.
+    snapshotter.purge()?;
     let store = open_store(store);
     let images = Images::open(root, store, snapshotter.clone(), options)?;
     Ok((images, snapshotter))
