@@ -433,12 +433,14 @@ impl Ingest {
         Ok(())
     }
 
-    /// Makes durable and names the blob by what it turned out to be.
-    pub fn finish_as_found(mut self) -> Result<(Digest, u64)> {
+    /// Makes durable and names the blob by what it turned out to be. `hold` is told the digest
+    /// before anybody can find the blob, and take it away.
+    pub fn finish_as_found(mut self, hold: impl FnOnce(&Digest)) -> Result<(Digest, u64)> {
         let hasher = std::mem::replace(&mut self.hasher, Hasher::new(Algorithm::Sha256));
         let text = format!("{}:{}", hasher.algorithm().as_str(), hasher.hex());
         let digest = text.parse().map_err(|e| Error::invalid(&text, e))?;
         let size = self.written;
+        hold(&digest);
         self.store(&digest, size)?;
         Ok((digest, size))
     }

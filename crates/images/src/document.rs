@@ -21,6 +21,9 @@ pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+/// Annotation of what goes with an image: an attestation, a signature (BuildKit).
+pub const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_SCHEMA1: [&str; 2] = [
@@ -80,8 +83,14 @@ pub enum Document {
     Index(Vec<Descriptor>),
 }
 
+/// Whether the configuration of a manifest is that of an image, and not of an artifact that is kept
+/// beside images. Old builders say nothing.
+pub fn is_image_config(media_type: &str) -> bool {
+    ["", OCI_CONFIG, DOCKER_CONFIG].contains(&media_type)
+}
+
 /// `null` reads as absent: several builders write it for empty lists and maps.
-fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
+pub fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
     deserializer: D,
 ) -> std::result::Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
@@ -97,7 +106,7 @@ struct RawDescriptor {
     #[serde(default, deserialize_with = "or_default")]
     platform: Option<Platform>,
     #[serde(default, deserialize_with = "or_default")]
-    annotations: BTreeMap<String, serde_json::Value>,
+    annotations: BTreeMap<String, serde::de::IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -203,7 +212,7 @@ fn descriptor(what: &str, raw: RawDescriptor) -> Result<Descriptor> {
         size,
         media_type: raw.media_type,
         platform: raw.platform,
-        is_reference: raw.annotations.contains_key("vnd.docker.reference.type"),
+        is_reference: raw.annotations.contains_key(REFERENCE_TYPE),
     })
 }
 

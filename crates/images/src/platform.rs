@@ -20,6 +20,7 @@ impl Accepted {
             ]),
             "arm" => Self::linux(&[("arm", "v7"), ("arm", "v6"), ("arm", "v5")]),
             "x86" => Self::linux(&[("386", "")]),
+            "loongarch64" => Self::linux(&[("loong64", "")]),
             "powerpc64" => Self::linux(&[("ppc64le", "")]),
             other => Self::linux(&[(other, "")]),
         }

@@ -18,6 +18,8 @@ use crate::{Error, Expansion, Result, decompress};
 const FILES_MAX: usize = 100_000;
 /// Most links that are followed for one file.
 const LINKS_MAX: usize = 8;
+/// Longest path, as PATH_MAX of Linux.
+const NAME_MAX: usize = 4096;
 /// Deepest directory below an image layout.
 const DEPTH_MAX: usize = 8;
 
@@ -27,6 +29,8 @@ pub struct Files {
     lease: Lease,
     blobs: HashMap<String, (Digest, u64)>,
     links: HashMap<String, String>,
+    /// Files and links that were met, also under names that came before.
+    entries: usize,
     /// Blobs that were written on behalf of the archive.
     made: Vec<Digest>,
 }
@@ -38,6 +42,7 @@ impl Files {
             lease,
             blobs: HashMap::new(),
             links: HashMap::new(),
+            entries: 0,
             made: Vec::new(),
         }
     }
@@ -50,8 +55,10 @@ impl Files {
 
     /// Stores what the archive should have had.
     pub fn make(&mut self, bytes: &[u8]) -> Result<Digest> {
-        let digest = self.content.put(bytes)?;
+        // Held first: another import may be about to drop the same bytes.
+        let digest = crate::hash::sha256(bytes);
         self.lease.hold([&digest]);
+        self.content.put(bytes)?;
         self.made.push(digest.clone());
         Ok(digest)
     }
@@ -62,7 +69,7 @@ impl Files {
 
     /// Reads a tar stream, compressed or not.
     pub fn read_tar(&mut self, stream: impl Read) -> Result<()> {
-        let fail = |e| Error::io("image archive", e);
+        let fail = |e| unreadable("image archive", e);
         let bounds = Expansion {
             bytes: 1 << 42,
             ratio: 1024,
@@ -76,6 +83,7 @@ impl Files {
                 Kind::Symlink => {
                     // docker used to write a layer that it had written before as a link to it.
                     let link = String::from_utf8_lossy(&entry.link).into_owned();
+                    check_length(link.as_bytes())?;
                     let target = beside(&path, &link);
                     self.links.extend(target.map(|target| (path, target)));
                 }
@@ -84,7 +92,7 @@ impl Files {
                 }
                 _ => {}
             }
-            self.check_count()?;
+            self.count()?;
         }
         if self.blobs.is_empty() {
             return Err(Error::invalid("image archive", "it is empty"));
@@ -107,14 +115,15 @@ impl Files {
                     let mut file = File::open(entry.path()).map_err(fail)?;
                     self.take(path, &mut file)?;
                 }
-                self.check_count()?;
+                self.count()?;
             }
         }
         Ok(())
     }
 
-    fn check_count(&self) -> Result<()> {
-        if self.blobs.len() + self.links.len() > FILES_MAX {
+    fn count(&mut self) -> Result<()> {
+        self.entries += 1;
+        if self.entries > FILES_MAX {
             let what = "image archive".to_owned();
             return Err(Error::Limit {
                 what,
@@ -139,24 +148,26 @@ impl Files {
                 Ok(0) => break,
                 Ok(n) => ingest.write(&buffer[..n])?,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::io(format_args!("image archive: {path}"), e)),
+                Err(e) => return Err(unreadable(format_args!("image archive: {path}"), e)),
             }
         }
         let found = match said {
             Some(digest) => {
                 let size = ingest.written();
                 self.lease.hold([&digest]);
-                ingest.finish(&digest, size)?;
+                let finished = ingest.finish(&digest, size);
+                finished.map_err(super::import::of_archive)?;
                 (digest, size)
             }
             None => {
-                let found = ingest.finish_as_found()?;
-                self.lease.hold([&found.0]);
-                found
+                let lease = &mut self.lease;
+                ingest.finish_as_found(|digest| lease.hold([digest]))?
             }
         };
         // A name that comes twice means the later one, as tar has it.
-        self.blobs.insert(path, found);
+        if let Some((former, _)) = self.blobs.insert(path, found) {
+            self.made.push(former);
+        }
         Ok(())
     }
 
@@ -181,6 +192,27 @@ impl Files {
     }
 }
 
+/// What is wrong with the archive is not an error of this node.
+fn unreadable(what: impl std::fmt::Display, error: io::Error) -> Error {
+    use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+    match error.kind() {
+        InvalidData | InvalidInput | UnexpectedEof => Error::invalid(what, error),
+        _ => Error::io(what, error),
+    }
+}
+
+fn check_length(path: &[u8]) -> Result<()> {
+    if path.len() > NAME_MAX {
+        let what = "image archive: a path".to_owned();
+        return Err(Error::Limit {
+            what,
+            limit: NAME_MAX as u64,
+            unit: "bytes",
+        });
+    }
+    Ok(())
+}
+
 /// `blobs/<algorithm>/<hex>` of an image layout names what it must hold.
 fn blob_name(path: &str) -> Option<Digest> {
     let (algorithm, hex) = path.strip_prefix("blobs/")?.split_once('/')?;
@@ -188,6 +220,7 @@ fn blob_name(path: &str) -> Option<Digest> {
 }
 
 fn clean(path: &[u8]) -> Result<String> {
+    check_length(path)?;
     let text = String::from_utf8_lossy(path);
     let parts: Vec<&str> = text
         .split('/')
@@ -239,5 +272,6 @@ mod tests {
         assert_eq!(beside("b/layer.tar", "/etc/passwd"), None);
         assert!(clean(b"a/../b").is_err());
         assert_eq!(clean(b"./a//b").unwrap(), "a/b");
+        assert!(clean(&[b'a'; NAME_MAX]).is_ok() && clean(&[b'a'; NAME_MAX + 1]).is_err());
     }
 }

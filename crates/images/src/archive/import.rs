@@ -11,7 +11,9 @@ use serde_json::json;
 
 use super::collect::Files;
 use super::{DockerImage, NAME, REF_NAME};
-use crate::document::{self, DOCUMENT_MAX, Document, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::document::{
+    self, DOCUMENT_MAX, Document, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, Platform,
+};
 use crate::install;
 use crate::reference::Reference;
 use crate::service::{Images, Inner, blocking};
@@ -19,6 +21,8 @@ use crate::{Error, Result};
 
 /// Deepest nesting of indexes.
 const DEPTH_MAX: usize = 4;
+/// Most documents that are read to find the images.
+const DOCUMENTS_MAX: usize = 4000;
 /// Most images of one archive.
 const IMAGES_MAX: usize = 1000;
 
@@ -42,6 +46,8 @@ struct LayoutEntry {
     digest: String,
     #[serde(default)]
     media_type: String,
+    #[serde(default)]
+    platform: Option<Platform>,
     #[serde(default)]
     annotations: Option<BTreeMap<String, String>>,
 }
@@ -101,7 +107,7 @@ impl Images {
         let brought = files.digests();
         let lease = files.into_lease();
         let result = match found {
-            Ok(found) => adopt(&self.inner, found, unpack).await,
+            Ok(found) => adopt(&self.inner, found, unpack).await.map_err(of_archive),
             Err(error) => Err(error),
         };
         drop(lease);
@@ -118,6 +124,16 @@ impl Images {
     }
 }
 
+/// All of the image came with the archive: what does not fit in it is the archive's fault.
+pub(super) fn of_archive(error: Error) -> Error {
+    match error {
+        Error::Mismatch { what, reason } => {
+            Error::invalid(format_args!("image archive: {what}"), reason)
+        }
+        other => other,
+    }
+}
+
 /// Records what was found, unpacked or not.
 async fn adopt(inner: &Arc<Inner>, found: Vec<Found>, unpack: bool) -> Result<Vec<String>> {
     let mut names = Vec::new();
@@ -130,6 +146,7 @@ async fn adopt(inner: &Arc<Inner>, found: Vec<Found>, unpack: bool) -> Result<Ve
         }
         let tags: Vec<String> = image.names.iter().filter_map(Reference::tagged).collect();
         let by_digest = |name: &Reference| match (name.digest(), &image.top) {
+            // That it is the image's own was looked at before.
             (Some(_), _) => Some(name.to_string()),
             (None, Some(top)) => Some(name.with_digest(top)),
             (None, None) => None,
@@ -165,15 +182,32 @@ fn find(inner: &Inner, files: &mut Files, name: Option<Reference>) -> Result<Vec
             found.push(from_docker(inner, files, config, image)?);
         }
     }
-    match (name, found.as_mut_slice()) {
+    name_all(name, &mut found)?;
+    for image in &found {
+        for name in &image.names {
+            let own = [Some(&image.manifest), image.top.as_ref()];
+            if name.digest().is_some() && !own.contains(&name.digest()) {
+                return Err(Error::Reference {
+                    reference: name.to_string(),
+                    reason: format!("the archive's image is {}", image.manifest),
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Gives the archive's one image the name that was asked for.
+fn name_all(name: Option<Reference>, found: &mut [Found]) -> Result<()> {
+    match (name, found) {
         (_, []) => Err(Error::invalid(
             "image archive",
             "no image in it: neither index.json nor manifest.json names one that runs here",
         )),
-        (None, _) => Ok(found),
+        (None, _) => Ok(()),
         (Some(name), [one]) => {
             one.names = vec![name];
-            Ok(found)
+            Ok(())
         }
         (Some(name), more) => Err(Error::Reference {
             reference: name.to_string(),
@@ -197,11 +231,26 @@ fn from_layout(inner: &Inner, index: &[u8], found: &mut Vec<Found>) -> Result<()
             unit: "images",
         });
     }
+    let mut documents = 0;
     for entry in index.manifests {
         let what = "image archive: index.json";
         let digest: Digest = entry.digest.parse().map_err(|e| Error::invalid(what, e))?;
-        let mut visited = Vec::new();
-        let Some(manifest) = pick(inner, &digest, &entry.media_type, 0, &mut visited)? else {
+        let annotations = entry.annotations.as_ref();
+        let refers = annotations.is_some_and(|all| all.contains_key(document::REFERENCE_TYPE));
+        let platforms = &inner.options.platforms;
+        if refers
+            || !entry
+                .platform
+                .is_none_or(|platform| platforms.runs(&platform))
+        {
+            continue;
+        }
+        let mut walk = Walk {
+            inner,
+            visited: Vec::new(),
+            documents: &mut documents,
+        };
+        let Some(manifest) = walk.pick(&digest, &entry.media_type, 0)? else {
             tracing::debug!(%digest, "image archive: nothing for this platform");
             continue;
         };
@@ -235,51 +284,63 @@ fn layout_name(annotations: Option<&BTreeMap<String, String>>) -> Option<Referen
     full.or(other)?.parse().ok()
 }
 
-/// The manifest for this node at or below `digest`; `None` if there is none or its parts are not
-/// in the archive.
-fn pick(
-    inner: &Inner,
-    digest: &Digest,
-    media_type: &str,
-    depth: usize,
-    visited: &mut Vec<Digest>,
-) -> Result<Option<Digest>> {
-    if visited.contains(digest) {
-        return Ok(None);
-    }
-    if depth > DEPTH_MAX {
-        let what = format!("index {digest}");
-        return Err(Error::Limit {
-            what,
-            limit: DEPTH_MAX as u64,
-            unit: "levels of indexes",
-        });
-    }
-    visited.push(digest.clone());
-    let Some(bytes) = inner.content.read(digest, DOCUMENT_MAX)? else {
-        return Ok(None);
-    };
-    match document::parse(digest.as_str(), media_type, &bytes)? {
-        Document::Manifest(manifest) => {
-            for blob in manifest.layers.iter().chain([&manifest.config]) {
-                if inner.content.size(&blob.digest)?.is_none() {
+/// The search below one entry of the archive's index.
+struct Walk<'a> {
+    inner: &'a Inner,
+    visited: Vec<Digest>,
+    /// Read so far, for all entries.
+    documents: &'a mut usize,
+}
+
+impl Walk<'_> {
+    /// The manifest for this node at or below `digest`; `None` if there is none, if its parts are
+    /// not in the archive, or if it is no image but something that goes with one.
+    fn pick(&mut self, digest: &Digest, media_type: &str, depth: usize) -> Result<Option<Digest>> {
+        if self.visited.contains(digest) {
+            return Ok(None);
+        }
+        let limit = |limit: usize, unit| Error::Limit {
+            what: format!("image archive: index {digest}"),
+            limit: limit as u64,
+            unit,
+        };
+        if depth > DEPTH_MAX {
+            return Err(limit(DEPTH_MAX, "levels of indexes"));
+        }
+        *self.documents += 1;
+        if *self.documents > DOCUMENTS_MAX {
+            return Err(limit(DOCUMENTS_MAX, "documents"));
+        }
+        self.visited.push(digest.clone());
+        let inner = self.inner;
+        let Some(bytes) = inner.content.read(digest, DOCUMENT_MAX)? else {
+            return Ok(None);
+        };
+        match document::parse(digest.as_str(), media_type, &bytes)? {
+            Document::Manifest(manifest) => {
+                if !document::is_image_config(&manifest.config.media_type) {
                     return Ok(None);
                 }
-            }
-            let config = inner.content.read(&manifest.config.digest, DOCUMENT_MAX)?;
-            let config =
-                document::parse_config(&manifest.config.digest, &config.unwrap_or_default())?;
-            let runs = inner.options.platforms.runs(&config.image.platform);
-            Ok(runs.then(|| digest.clone()))
-        }
-        Document::Index(entries) => {
-            for entry in inner.options.platforms.candidates(&entries) {
-                let found = pick(inner, &entry.digest, &entry.media_type, depth + 1, visited)?;
-                if found.is_some() {
-                    return Ok(found);
+                for blob in manifest.layers.iter().chain([&manifest.config]) {
+                    if inner.content.size(&blob.digest)?.is_none() {
+                        return Ok(None);
+                    }
                 }
+                let config = inner.content.read(&manifest.config.digest, DOCUMENT_MAX)?;
+                let config =
+                    document::parse_config(&manifest.config.digest, &config.unwrap_or_default())?;
+                let runs = inner.options.platforms.runs(&config.image.platform);
+                Ok(runs.then(|| digest.clone()))
             }
-            Ok(None)
+            Document::Index(entries) => {
+                for entry in inner.options.platforms.candidates(&entries) {
+                    let found = self.pick(&entry.digest, &entry.media_type, depth + 1)?;
+                    if found.is_some() {
+                        return Ok(found);
+                    }
+                }
+                Ok(None)
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use crate::node::{Node, image, not_root};
 use gantry_testkit::image::{
-    Compression, ImageBuilder, Layer, docker_files, gzip, index, oci_layout, oci_layout_of,
+    Blob, Compression, ImageBuilder, Layer, docker_files, gzip, index, oci_layout, oci_layout_of,
     write_dir, write_tar,
 };
 use gantry_testkit::image::{Image, Types};
@@ -151,6 +151,59 @@ async fn platforms_that_are_not_there_are_no_error() {
     assert!(error.to_string().contains("no image in it"), "{error}");
 }
 
+/// Signatures, lists of materials and charts lie beside images.
+#[tokio::test]
+async fn what_is_no_image_is_passed_by() {
+    if not_root("what_is_no_image_is_passed_by") {
+        return;
+    }
+    let node = Node::new();
+    let good = small("good");
+    let config = Blob::new("application/vnd.cncf.helm.config.v1+json", b"{}".to_vec());
+    let chart = json!({"schemaVersion": 2, "config": config.descriptor(), "layers": []});
+    let chart = Blob::new(
+        "application/vnd.oci.image.manifest.v1+json",
+        chart.to_string().into_bytes(),
+    );
+    let mut signature = good.manifest.descriptor();
+    signature["annotations"] = json!({"vnd.docker.reference.type": "attestation-manifest"});
+    let mut entry = good.manifest.descriptor();
+    entry["annotations"] = json!({"org.opencontainers.image.ref.name": "r.io/good:1"});
+    let blobs: Vec<_> = good.blobs().chain([&config, &chart]).collect();
+    let entries = vec![chart.descriptor(), signature, entry];
+    let archive = tar(&oci_layout(entries, &blobs));
+    let names = node
+        .images
+        .import(Cursor::new(archive), None)
+        .await
+        .unwrap();
+    assert_eq!(names, ["r.io/good:1"]);
+    assert_eq!(node.images.list().len(), 1);
+    node.assert_tidy();
+    node.remove("r.io/good:1").await;
+    node.assert_empty();
+}
+
+/// A file that comes twice is the later one, and the former is not left.
+#[tokio::test]
+async fn a_file_that_comes_twice_leaves_one() {
+    if not_root("a_file_that_comes_twice_leaves_one") {
+        return;
+    }
+    let node = Node::new();
+    let image = small("x");
+    let manifest = json!([{"Config": "c.json", "RepoTags": ["x:1"], "Layers": ["layer.tar"]}]);
+    let archive = Layer::new()
+        .file("layer.tar", b"former")
+        .file("c.json", &image.config.data)
+        .file("layer.tar", &image.layers[0].data)
+        .file("manifest.json", manifest.to_string().as_bytes());
+    let archive = Cursor::new(archive.tar());
+    node.images.import(archive, None).await.unwrap();
+    assert_eq!(node.images.status("x:1").unwrap().unwrap().id, image.id());
+    node.assert_tidy();
+}
+
 #[tokio::test]
 async fn a_name_of_the_callers_choice() {
     if not_root("a_name_of_the_callers_choice") {
@@ -274,11 +327,15 @@ async fn bad_archives_are_refused_and_leave_nothing() {
     let config = String::from_utf8(other_diff.config.data).unwrap();
     let wrong = "0".repeat(64);
     let config = config.replace(other_diff.diff_ids[0].hex(), &wrong);
-    other_diff.config = gantry_testkit::image::Blob::new("", config.into_bytes());
+    other_diff.config = Blob::new("", config.into_bytes());
     let wrong_diff = docker_files(&[(&other_diff, &["x:1"])], true);
     let mut truncated = tar(&good);
     truncated.truncate(2000);
     let escape = Layer::new().file("../../x", b"x").tar();
+    let long = Layer::new().file(&"x/".repeat(3000), b"x").tar();
+    let name = format!("docker.io/library/nginx@sha256:{}", "1".repeat(64));
+    let claim = tar(&oci_layout_of(&one, &name));
+    let claim_too = tar(&docker_files(&[(&one, &[name.as_str()])], true));
     for (what, archive) in [
         ("wrong blob", tar(&wrong_blob)),
         ("no layer", tar(&no_layer)),
@@ -287,11 +344,16 @@ async fn bad_archives_are_refused_and_leave_nothing() {
         ("wrong diff id", tar(&wrong_diff)),
         ("truncated", truncated),
         ("escape", escape),
+        ("long path", long),
+        ("a name by digest that is not its own", claim),
+        ("the same of docker's", claim_too),
         ("no archive", b"hello".to_vec()),
         ("empty", Vec::new()),
     ] {
         let error = node.images.import(Cursor::new(archive), None).await;
-        assert!(error.is_err(), "{what}");
+        let kind = error.unwrap_err().kind();
+        let expected = [ErrorKind::InvalidArgument, ErrorKind::ResourceExhausted];
+        assert!(expected.contains(&kind), "{what}: {kind:?}");
         node.assert_empty();
     }
 }
