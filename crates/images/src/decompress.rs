@@ -1,6 +1,6 @@
 //! Layer streams: gzip, zstd or plain, told by their first bytes, bounded in what they expand to.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Cursor, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -34,6 +34,7 @@ pub fn open<'a>(source: impl Read + 'a, expansion: Expansion) -> io::Result<impl
         },
     );
     let magic = peek(&mut source)?;
+    let source = Cursor::new(magic.clone()).chain(source);
     let stream: Box<dyn Read + 'a> = if magic.starts_with(GZIP) {
         Box::new(flate2::bufread::MultiGzDecoder::new(source))
     } else if magic.starts_with(ZSTD)
@@ -53,11 +54,12 @@ pub fn open<'a>(source: impl Read + 'a, expansion: Expansion) -> io::Result<impl
     })
 }
 
-/// The first bytes without taking them; fewer than four only at the end of the stream.
-fn peek(source: &mut BufReader<impl Read>) -> io::Result<Vec<u8>> {
-    // A BufReader fills once per call: over a pipe or socket that may be a single byte, which
-    // files, the only source of layers, never give.
-    Ok(source.fill_buf()?.iter().take(4).copied().collect())
+/// Takes the first bytes; fewer than four only at the end of the stream. A pipe or a client may
+/// give less at once.
+fn peek(source: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut magic = Vec::with_capacity(4);
+    source.take(4).read_to_end(&mut magic)?;
+    Ok(magic)
 }
 
 struct Counted<R> {
@@ -135,6 +137,27 @@ mod tests {
             assert_eq!(read(&source, WIDE).unwrap(), b"hello");
         }
         assert!(read(b"", WIDE).unwrap().is_empty());
+    }
+
+    /// As a pipe gives them.
+    struct ByteByByte<'a>(&'a [u8]);
+
+    impl Read for ByteByByte<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let one = buffer.len().min(1);
+            self.0.read(&mut buffer[..one])
+        }
+    }
+
+    #[test]
+    fn the_form_is_told_however_slowly_the_bytes_come() {
+        let zstd = zstd::encode_all(&b"hello"[..], 1).unwrap();
+        for source in [gzip(b"hello"), zstd, b"hello".to_vec(), b"h".to_vec()] {
+            let mut out = Vec::new();
+            let mut stream = open(ByteByByte(&source), WIDE).unwrap();
+            stream.read_to_end(&mut out).unwrap();
+            assert!(b"hello".starts_with(&out) && !out.is_empty());
+        }
     }
 
     #[test]

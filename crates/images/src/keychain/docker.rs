@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::read_file;
 use crate::credentials::{Credentials, canonical};
+use crate::document::or_default;
 use crate::{Error, Result};
 
 const FILE_MAX: u64 = 1 << 20;
@@ -22,25 +23,25 @@ pub enum Found {
 
 #[derive(Deserialize, Default)]
 pub struct Config {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     auths: BTreeMap<String, Auth>,
-    #[serde(default, rename = "credHelpers")]
+    #[serde(default, deserialize_with = "or_default", rename = "credHelpers")]
     helpers: BTreeMap<String, String>,
-    #[serde(default, rename = "credsStore")]
+    #[serde(default, deserialize_with = "or_default", rename = "credsStore")]
     store: String,
 }
 
 #[derive(Deserialize, Default)]
 struct Auth {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     auth: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     username: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     password: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     identitytoken: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     registrytoken: String,
 }
 
@@ -201,5 +202,13 @@ mod tests {
         assert!(!text.contains("hunter2"));
         std::fs::write(&path, vec![b' '; (1 << 20) + 1]).unwrap();
         assert!(matches!(Config::read(&path), Err(Error::Limit { .. })));
+    }
+
+    #[test]
+    fn null_is_nothing() {
+        let text = r#"{"auths": null, "credHelpers": null, "credsStore": null}"#;
+        assert!(matches!(find(text, "r.io", "x"), Found::Nothing));
+        let text = r#"{"auths": {"r.io": {"auth": null, "username": "u", "password": "p"}}}"#;
+        assert!(matches!(find(text, "r.io", "x"), Found::Credentials(_)));
     }
 }

@@ -121,7 +121,9 @@ pub fn hosts(certs_d: Option<&Path>, registry: &str) -> Result<Vec<Host>> {
                     .map_err(|e| Error::io(format_args!("read {}", path.display()), e))?;
                 parse(&text, &dir, registry).map_err(|reason| Error::Hosts { path, reason })
             }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            // A link that leads nowhere, as while a mounted directory is exchanged, is a file that
+            // cannot be read: without it the pull would pass the mirrors by.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !path.is_symlink() => {
                 let mut host = default_host(registry)?;
                 host.tls = docker_certificates(&dir)?;
                 Ok(vec![host])
@@ -211,6 +213,7 @@ fn parse(text: &str, dir: &Path, registry: &str) -> std::result::Result<Vec<Host
                 dir,
             )?;
             (default.tls, default.header) = (own.tls, own.header);
+            default.dial_timeout = own.dial_timeout;
             default
         }
     };
@@ -302,20 +305,35 @@ fn clients(
     list.into_iter().map(pair).collect()
 }
 
-/// The subset of Go's durations that people write here: a number with ms, s or m.
+/// A duration as Go writes it: numbers with their units, one after the other, `1m30s`.
 fn duration(text: &str) -> std::result::Result<Duration, String> {
-    let wrong = || format!("dial_timeout {text:?} is not a number with ms, s or m");
-    let split = text
-        .find(|c: char| c.is_ascii_alphabetic())
-        .ok_or_else(wrong)?;
-    let number: f64 = text[..split].parse().map_err(|_| wrong())?;
-    let factor = match &text[split..] {
-        "ms" => 0.001,
-        "s" => 1.0,
-        "m" => 60.0,
-        _ => return Err(wrong()),
-    };
-    Duration::try_from_secs_f64(number * factor).map_err(|_| wrong())
+    let wrong = || format!("dial_timeout {text:?} is not a duration like 30s or 1m30s");
+    let mut rest = text;
+    let mut seconds = 0.0;
+    while rest != "0" {
+        let end = |text: &str, unit: bool| {
+            let is_end = |c: char| (c.is_ascii_digit() || c == '.') == unit;
+            text.find(is_end).unwrap_or(text.len())
+        };
+        let (number, unit) = rest.split_at(end(rest, false));
+        let (unit, further) = unit.split_at(end(unit, true));
+        let number: f64 = number.parse().map_err(|_| wrong())?;
+        seconds += number
+            * match unit {
+                "ns" => 1e-9,
+                "us" | "\u{b5}s" | "\u{3bc}s" => 1e-6,
+                "ms" => 1e-3,
+                "s" => 1.0,
+                "m" => 60.0,
+                "h" => 3600.0,
+                _ => return Err(wrong()),
+            };
+        if further.is_empty() {
+            break;
+        }
+        rest = further;
+    }
+    Duration::try_from_secs_f64(seconds).map_err(|_| wrong())
 }
 
 /// The registry itself, without any configuration.
@@ -400,6 +418,39 @@ mod tests {
             assert!(error.contains(line), "{error}");
             assert!(!error.contains("c2VjcmV0"), "{error}");
         }
+    }
+
+    #[test]
+    fn durations_are_those_of_go() {
+        for (text, milliseconds) in [
+            ("1m30s", 90_000),
+            ("1.5s", 1500),
+            ("0", 0),
+            ("1h0m0.5s", 3_600_500),
+            ("2000us", 2),
+        ] {
+            let expected = Duration::from_millis(milliseconds);
+            assert_eq!(duration(text).unwrap(), expected, "{text}");
+        }
+        for text in ["", "5", "s", "-1s", "1s-2s", "1d", "1.2.3s", "1e3s", "infs"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+        // Of the registry itself, which `server` does not name.
+        assert_eq!(
+            parsed("dial_timeout = \"2s\"\n")[0].dial_timeout,
+            Some(Duration::from_secs(2))
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_a_link_to_nothing_is_no_absent_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("r.io");
+        fs::create_dir(&own).unwrap();
+        assert_eq!(hosts(Some(dir.path()), "r.io").unwrap().len(), 1);
+        std::os::unix::fs::symlink("..data/hosts.toml", own.join(FILE)).unwrap();
+        let error = hosts(Some(dir.path()), "r.io").unwrap_err();
+        assert!(error.to_string().contains(FILE), "{error}");
     }
 
     #[test]

@@ -497,6 +497,10 @@ impl<'a> Applier<'a> {
     /// Removes what an entry replaces.
     fn clear(&mut self, dir: &OwnedFd, name: &[u8], file_type: FileType) -> Done {
         if file_type == FileType::Directory {
+            if !self.opaque.is_empty() {
+                // Their inodes may come again as those of other directories.
+                forget(&mut self.opaque, dir, name)?;
+            }
             remove_tree(dir.as_fd(), name)?;
             // Cached descriptors and times may be of what is gone.
             self.parent = None;
@@ -719,6 +723,25 @@ fn names(dir: &OwnedFd) -> io::Result<Vec<Vec<u8>>> {
         }
     }
     Ok(names)
+}
+
+/// Takes `name` in `dir` and all directories below it out of `opaque`.
+fn forget(opaque: &mut HashSet<(u64, u64)>, dir: &OwnedFd, name: &[u8]) -> io::Result<()> {
+    // A stack of our own, as deep as an image likes; of paths, since descriptors are few.
+    let mut pending = vec![name.to_vec()];
+    while let Some(path) = pending.pop() {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let inner = sys::open_beneath(dir, Path::new(OsStr::from_bytes(&path)), flags, 0)?;
+        let stat = sys::fstat(&inner)?;
+        opaque.remove(&(stat.st_dev, stat.st_ino));
+        for below in names(&inner)? {
+            let kind = lstat(&inner, &below)?.map(|stat| FileType::from_raw_mode(stat.st_mode));
+            if kind == Some(FileType::Directory) {
+                pending.push(join(&path, &below));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Deletes `name` in `dir` with everything below it; links are not followed.

@@ -68,6 +68,8 @@ fn inherit(top: &OwnedFd, below: &[OwnedFd], path: &Path) -> io::Result<()> {
             Ok(dir) => dir,
             Err(e) => match ends(&e) {
                 Some(true) => return Ok(()),
+                // What is further down is hidden from here on.
+                Some(false) if is_below_opaque(layer, path)? => return Ok(()),
                 Some(false) => continue,
                 None => return Err(e),
             },
@@ -86,6 +88,21 @@ fn inherit(top: &OwnedFd, below: &[OwnedFd], path: &Path) -> io::Result<()> {
         return sys::futimens(&ours, stat.st_mtime, nanos);
     }
     Ok(())
+}
+
+/// Whether a directory above `path` is opaque in this layer.
+fn is_below_opaque(layer: &OwnedFd, path: &Path) -> io::Result<bool> {
+    for above in path.ancestors().skip(1) {
+        let dir = match lookup(layer, above) {
+            Ok(dir) => dir,
+            Err(e) if ends(&e).is_some() => continue,
+            Err(e) => return Err(e),
+        };
+        if sys::get_xattr(&dir, xattr::os(xattr::OPAQUE))?.as_deref() == Some(b"y") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Whether a failed lookup means "not in this layer, look further down" (`false`) or "something

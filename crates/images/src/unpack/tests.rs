@@ -818,6 +818,40 @@ fn what_a_layer_leaves_unsaid_comes_from_the_layers_below() {
     assert_eq!((www.mode() & 0o7777, www.uid()), (0o2750, 33));
 }
 
+/// The directory of the same name that is made anew may have the inode of the one that went.
+#[test]
+fn an_opaque_directory_that_is_replaced_is_opaque_again() {
+    if not_root("an_opaque_directory_that_is_replaced_is_opaque_again") {
+        return;
+    }
+    let bench = Bench::new();
+    let mut layer = Layer::new();
+    for round in 0..8 {
+        let name = format!("d{round}/in");
+        let twice = layer.dir(&name, 0o755).opaque(&name).file(&name, b"");
+        layer = twice.dir(&name, 0o755).opaque(&name);
+    }
+    bench.apply(&layer).unwrap();
+    for round in 0..8 {
+        assert!(opaque(&bench.path(&format!("d{round}/in"))), "{round}");
+    }
+}
+
+/// What an opaque directory hides is not asked for owner and mode either.
+#[test]
+fn nothing_comes_from_below_an_opaque_directory() {
+    if not_root("nothing_comes_from_below_an_opaque_directory") {
+        return;
+    }
+    let (base, middle, top) = (Bench::new(), Bench::new(), Bench::new());
+    base.apply(&Layer::new().dir("srv/data", 0o700)).unwrap();
+    let said = middle.apply(&Layer::new().opaque("srv")).unwrap();
+    settle(&middle.root(), &said, &[base.root()]).unwrap();
+    let said = top.apply(&Layer::new().file("srv/data/x", b"")).unwrap();
+    settle(&top.root(), &said, &[middle.root(), base.root()]).unwrap();
+    assert_eq!(top.meta("srv/data").mode() & 0o7777, 0o755);
+}
+
 #[test]
 fn a_root_that_hides_everything_does() {
     if not_root("a_root_that_hides_everything_does") {
