@@ -123,16 +123,16 @@ impl Service for Admin {
         let reader = ChunkReader {
             receiver,
             chunk: first.data.into(),
-            at_end: false,
+            at_end: first.complete,
         };
         tokio::spawn(async move {
             loop {
                 let next = match messages.message().await {
-                    Ok(Some(message)) => Ok(Some(message.data)),
-                    Ok(None) => Ok(None),
+                    Ok(Some(message)) => Ok((message.data, message.complete)),
+                    Ok(None) => Err(std::io::ErrorKind::UnexpectedEof.into()),
                     Err(error) => Err(std::io::Error::other(error.message().to_owned())),
                 };
-                let more = matches!(next, Ok(Some(_)));
+                let more = matches!(next, Ok((_, false)));
                 // Closed when the import has failed: its caller has the reason.
                 if sender.send(next).await.is_err() || !more {
                     return;
@@ -254,14 +254,19 @@ impl Service for Admin {
         request: Request<VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
         let VerifyRequest { mut names, repair } = request.into_inner();
-        if names.is_empty() {
+        let all = names.is_empty();
+        if all {
             names.extend(self.images.list().iter().map(|image| image.id.clone()));
         }
         let (sender, receiver) = tokio::sync::mpsc::channel(1);
         let supervisor = self.supervisor.clone();
         tokio::spawn(async move {
             for name in names {
-                let answer = verify(&supervisor, &name, repair).await.map_err(status);
+                let answer = match verify(&supervisor, &name, repair).await {
+                    // Removed since it was listed.
+                    Err(gantry_images::Error::NoSuchImage { .. }) if all => continue,
+                    answer => answer.map_err(status),
+                };
                 let failed = answer.is_err();
                 // A client that has gone waits for no other image.
                 if sender.send(answer).await.is_err() || failed {
@@ -310,7 +315,8 @@ fn item(item: gantry_images::Item) -> Item {
 
 /// Reads what arrives as messages; a client that goes away in the middle is an error, not an end.
 struct ChunkReader {
-    receiver: tokio::sync::mpsc::Receiver<std::io::Result<Option<Vec<u8>>>>,
+    /// Bytes, and whether they are the last.
+    receiver: tokio::sync::mpsc::Receiver<std::io::Result<(Vec<u8>, bool)>>,
     chunk: VecDeque<u8>,
     at_end: bool,
 }
@@ -319,8 +325,10 @@ impl Read for ChunkReader {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         while self.chunk.is_empty() && !self.at_end {
             match self.receiver.blocking_recv() {
-                Some(Ok(Some(chunk))) => self.chunk = chunk.into(),
-                Some(Ok(None)) => self.at_end = true,
+                Some(Ok((chunk, at_end))) => {
+                    self.chunk = chunk.into();
+                    self.at_end = at_end;
+                }
                 Some(Err(error)) => return Err(error),
                 None => return Err(std::io::ErrorKind::UnexpectedEof.into()),
             }

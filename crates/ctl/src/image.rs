@@ -294,10 +294,13 @@ async fn import(
     let answer = ImagesClient::new(channel)
         .import(ReceiverStream::new(receiver))
         .await;
+    // A daemon that has had enough answers before standard input ends.
+    let read = match &answer {
+        Err(_) if !reading.is_finished() => Ok(()),
+        _ => reading.await?,
+    };
     // A file that cannot be read ends the stream early, and that is the cause to tell.
-    reading
-        .await?
-        .with_context(|| format!("read {}", file.display()))?;
+    read.with_context(|| format!("read {}", file.display()))?;
     for name in answer.map_err(status)?.into_inner().names {
         println!("{name}");
     }
@@ -315,17 +318,15 @@ async fn read(
     loop {
         let mut data = vec![0; CHUNK];
         let n = reader.read(&mut data).await?;
-        if n == 0 {
-            return Ok(());
-        }
         data.truncate(n);
         progress.add(n);
         let message = ImportRequest {
             name: std::mem::take(&mut name),
             data,
             no_unpack,
+            complete: n == 0,
         };
-        if sender.send(message).await.is_err() {
+        if sender.send(message).await.is_err() || n == 0 {
             return Ok(());
         }
     }
@@ -337,11 +338,22 @@ async fn export(channel: Channel, names: Vec<String>, output: &Path) -> Result<(
         .await
         .map_err(status)?
         .into_inner();
-    let mut writer: Box<dyn AsyncWrite + Unpin> = if output == Path::new("-") {
-        Box::new(tokio::io::stdout())
-    } else {
-        let created = tokio::fs::File::create(output).await;
-        Box::new(created.with_context(|| format!("create {}", output.display()))?)
+    // Half an archive looks like a whole one: a file has its name when it is complete. What is no
+    // file, a pipe or a device, is written as it is, and never removed.
+    let is_file = |path: &Path| std::fs::metadata(path).map_or(true, |found| found.is_file());
+    let whole = (output != Path::new("-") && is_file(output)).then(|| {
+        let mut name = output.as_os_str().to_owned();
+        name.push(".part");
+        PathBuf::from(name)
+    });
+    let open = async |path: &Path| {
+        let created = tokio::fs::File::create(path).await;
+        created.with_context(|| format!("create {}", path.display()))
+    };
+    let mut writer: Box<dyn AsyncWrite + Unpin> = match &whole {
+        Some(part) => Box::new(open(part).await?),
+        None if output == Path::new("-") => Box::new(tokio::io::stdout()),
+        None => Box::new(open(output).await?),
     };
     let mut progress = Progress::new("export", None);
     let write = async {
@@ -350,14 +362,17 @@ async fn export(channel: Channel, names: Vec<String>, output: &Path) -> Result<(
             progress.add(message.data.len());
         }
         writer.flush().await?;
+        drop(writer);
+        if let Some(part) = &whole {
+            tokio::fs::rename(part, output).await?;
+        }
         anyhow::Ok(())
     };
     let outcome = write
         .await
         .with_context(|| format!("write {}", output.display()));
-    if outcome.is_err() && output != Path::new("-") {
-        // Half an archive looks like a whole one.
-        let _ = tokio::fs::remove_file(output).await;
+    if let (Err(_), Some(part)) = (&outcome, &whole) {
+        let _ = tokio::fs::remove_file(part).await;
     }
     outcome
 }
@@ -379,12 +394,12 @@ async fn list(channel: Channel, quiet: bool) -> Result<()> {
         } else {
             &image.repo_tags
         };
-        for name in names {
-            if quiet {
-                println!("{name}");
-            } else {
-                println!("{name:<60} {:<20} {:>12}", short(&image.id), image.size);
-            }
+        let row = |name: &str| println!("{name:<60} {:<20} {:>12}", short(&image.id), image.size);
+        match (quiet, names.as_slice()) {
+            (true, names) => names.iter().for_each(|name| println!("{name}")),
+            // Its name has moved to another; it takes up its space all the same.
+            (false, []) => row("<none>"),
+            (false, names) => names.iter().for_each(|name| row(name)),
         }
     }
     Ok(())

@@ -34,8 +34,7 @@ enum Command {
     Image(image::Command),
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = async {
         let channel = connect(&args.socket).await?;
@@ -43,7 +42,19 @@ async fn main() -> ExitCode {
             Command::Image(command) => image::run(command, channel).await,
         }
     };
-    match outcome.await {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(outcome);
+            // Nobody waits for a read from a terminal or a pipe that nobody writes to.
+            runtime.shutdown_background();
+            outcome
+        }
+        Err(error) => Err(error).context("start"),
+    };
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gantryctl: {error:#}");

@@ -132,6 +132,26 @@ fn an_exported_image_is_imported_and_runs() {
         let pod = node.host_pod("imported").await;
         let id = node.run(&pod, &sleeper("c", &image)).await;
         assert_eq!(node.sh(&id, "echo x").await, "x");
+        // What is there stays until the new archive is whole, and what is no file stays.
+        let before = std::fs::read(&archive).unwrap();
+        assert_ne!(
+            gantryctl
+                .image(&["export", "--output", &archive, "none:1"])
+                .0,
+            0
+        );
+        assert_eq!(std::fs::read(&archive).unwrap(), before);
+        let pipe = node.daemon.path("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            // Less than all of it: the rest cannot be written.
+            move || std::io::Read::read(&mut std::fs::File::open(pipe).unwrap(), &mut [0; 512])
+        });
+        let to_pipe = pipe.to_str().unwrap();
+        assert_eq!(gantryctl.image(&["export", "-o", to_pipe, &image]).0, 1);
+        assert_eq!(reader.join().unwrap().unwrap(), 512);
+        assert!(pipe.exists());
         // An archive that is cut short, and what is none.
         for (input, why) in [
             (piped.stdout[..5000].to_vec(), "archive"),
