@@ -52,11 +52,12 @@ impl Record {
     }
 }
 
-/// Where plugins are and how long one may take.
+/// Where plugins are, how long one may take, and whose they are.
 #[derive(Clone, Debug)]
 pub struct Plugins {
     pub bin_dirs: Vec<PathBuf>,
     pub limit: Duration,
+    pub owner: PathBuf,
 }
 
 impl Plugins {
@@ -199,6 +200,7 @@ impl Plugins {
             network: &network.name,
             plugin,
             command,
+            owner: self.owner.as_os_str(),
             env,
             stdin: Value::Object(config).to_string().into_bytes(),
         };

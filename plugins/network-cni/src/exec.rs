@@ -3,7 +3,7 @@
 //! A plugin is a process group of its own. It is killed as a group when its time is over and when
 //! the caller loses interest, so that nothing it started outlives the call.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -18,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
 use crate::error::Error;
+use crate::leftovers;
 
 /// Largest answer that is read.
 const MAX_STDOUT: usize = 1 << 20;
@@ -36,6 +37,8 @@ pub struct Call<'a> {
     /// Name of the executable; checked to be a file name.
     pub plugin: &'a str,
     pub command: &'static str,
+    /// For the next daemon, should this one be killed ([`leftovers`]).
+    pub owner: &'a OsStr,
     /// `CNI_*` beyond command and path.
     pub env: &'a [(&'static str, OsString)],
     pub stdin: Vec<u8>,
@@ -156,8 +159,9 @@ async fn spawn(path: &Path, bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<Chi
     command
         .env_clear()
         .env("PATH", PATH)
+        .env(leftovers::OWNER, call.owner)
         .env("CNI_COMMAND", call.command)
-        .env("CNI_PATH", std::ffi::OsStr::from_bytes(&dirs.join(&b':')))
+        .env("CNI_PATH", OsStr::from_bytes(&dirs.join(&b':')))
         .envs(call.env.iter().map(|(name, value)| (name, value)))
         .current_dir("/")
         .stdin(Stdio::piped())

@@ -15,6 +15,7 @@ mod conf_dir;
 mod config;
 mod error;
 mod exec;
+mod leftovers;
 mod quantity;
 mod result;
 mod version;
@@ -47,6 +48,9 @@ pub struct Options {
     pub bin_dirs: Vec<PathBuf>,
     /// How long one call of one plugin may take before its process group is killed.
     pub timeout: Duration,
+    /// Whose plugins these are: the root directory of this daemon, which no other has at the same
+    /// time. Those that an earlier one left running are ended at the start. Empty: nobody's.
+    pub owner: PathBuf,
     /// How often plugins of CNI 1.1 are asked for their status.
     pub status_interval: Duration,
 }
@@ -58,6 +62,7 @@ impl Default for Options {
             bin_dirs: vec!["/opt/cni/bin".into()],
             // A kubelet gives RunPodSandbox four minutes; ADD and the DEL after it must fit.
             timeout: Duration::from_secs(100),
+            owner: PathBuf::new(),
             status_interval: Duration::from_secs(10),
         }
     }
@@ -85,7 +90,8 @@ struct State {
 }
 
 impl Cni {
-    /// Reads the configuration directory and begins to watch it.
+    /// Reads the configuration directory and begins to watch it. Blocks, seldom for long, while it
+    /// looks for plugins that a killed daemon has left.
     ///
     /// # Errors
     /// Internal when called outside a tokio runtime. A directory that is empty or unreadable is no
@@ -93,10 +99,12 @@ impl Cni {
     pub fn start(options: Options) -> Result<Self, gantry_ports::Error> {
         let runtime = tokio::runtime::Handle::try_current()
             .map_err(|error| Error::Start(error.to_string()))?;
+        leftovers::end(options.owner.as_os_str());
         let shared = Arc::new(Shared {
             plugins: Plugins {
                 bin_dirs: options.bin_dirs.clone(),
                 limit: options.timeout,
+                owner: options.owner.clone(),
             },
             state: RwLock::new(State {
                 loaded: conf_dir::load(&options.conf_dir).map(Arc::new),
