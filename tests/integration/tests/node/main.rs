@@ -11,6 +11,7 @@ mod exec;
 mod gantryctl;
 mod images;
 mod init;
+mod isolation;
 mod lists;
 mod lost;
 mod mounts;
