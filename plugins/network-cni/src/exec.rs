@@ -159,7 +159,7 @@ async fn spawn(path: &Path, bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<Chi
     command
         .env_clear()
         .env("PATH", PATH)
-        .env(leftovers::OWNER, call.owner)
+        .envs((!call.owner.is_empty()).then_some((leftovers::OWNER, call.owner)))
         .env("CNI_COMMAND", call.command)
         .env("CNI_PATH", OsStr::from_bytes(&dirs.join(&b':')))
         .envs(call.env.iter().map(|(name, value)| (name, value)))
