@@ -54,9 +54,6 @@ fn main() -> ExitCode {
                 .enable_all()
                 // Idle blocking threads go back to the system soon: each holds a stack.
                 .thread_keep_alive(std::time::Duration::from_secs(2))
-                // Each blob that comes has a thread that waits for its bytes. Many pulls from a
-                // registry that hangs must leave some for everything else.
-                .max_blocking_threads(4096)
                 .build()?;
             let outcome = runtime.block_on(gantry_daemon::run(config));
             // Threads that wait for a hung disk or plugin must not keep us from ending.

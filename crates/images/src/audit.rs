@@ -68,10 +68,14 @@ fn audit(inner: &Inner, containers: &HashMap<Digest, Vec<String>>) -> Result<Vec
         }
     }
     let held = inner.leases.held();
+    let all_read = inner.all_read();
     let item = |kind, digest: Digest, bytes, referrers: Option<&Vec<String>>, young| {
         let mut referrers = referrers.cloned().unwrap_or_default();
         if held.contains(&digest) {
             referrers.push("work".to_owned());
+        }
+        if !all_read && referrers.is_empty() {
+            referrers.push("images that cannot be read".to_owned());
         }
         referrers.sort();
         let fate = match (referrers.is_empty(), young) {

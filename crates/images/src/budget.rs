@@ -7,12 +7,18 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+/// How long a transfer may keep its place before it stands in line again.
+const SLICE: Duration = Duration::from_millis(250);
+/// Most threads that wait for bytes of blobs, however many registries hang.
+const READERS: usize = 64;
+
 /// Shared by all pulls. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Budget {
-    /// Transfers on which bytes move. One that has gone quiet gives its place up: a registry that
-    /// hangs delays only the pulls that need it.
+    /// Transfers on which bytes move.
     downloads: Arc<Semaphore>,
+    /// Threads that read blobs which are still coming.
+    readers: Arc<Semaphore>,
     pub turns: Turns,
     rate: Option<Arc<Rate>>,
 }
@@ -22,15 +28,24 @@ impl Budget {
     pub fn new(downloads: usize, unpacks: usize, bandwidth: Option<NonZeroU64>) -> Self {
         Self {
             downloads: Arc::new(Semaphore::new(downloads.clamp(1, Semaphore::MAX_PERMITS))),
+            readers: Arc::new(Semaphore::new(READERS)),
             turns: Turns::new(unpacks.max(1)),
             rate: bandwidth.map(|bytes| Arc::new(Rate::new(bytes))),
         }
     }
 
-    /// A place for a transfer; kept until it is dropped.
-    pub async fn download(&self) -> Option<OwnedSemaphorePermit> {
-        // It fails only when closed, which nobody does.
-        self.downloads.clone().acquire_owned().await.ok()
+    /// For a transfer, which has no place yet.
+    pub fn place(&self) -> Place {
+        Place {
+            places: self.downloads.clone(),
+            held: None,
+        }
+    }
+
+    /// Leave to follow a blob that is still coming, on a thread that waits for its bytes; kept until
+    /// it is dropped. `None`: there are enough of them, and the blob is read once it is here.
+    pub fn reader(&self) -> Option<OwnedSemaphorePermit> {
+        self.readers.clone().try_acquire_owned().ok()
     }
 
     /// Returns when `bytes` that have come are within the bandwidth. Until then no more are read:
@@ -39,6 +54,35 @@ impl Budget {
         if let Some(rate) = &self.rate {
             rate.take(bytes).await;
         }
+    }
+}
+
+/// A transfer's place among those of the node. It is taken for bytes that have come, and given up
+/// when none come for a moment; also a transfer on which they never cease to trickle has it but for a
+/// while, after which whoever waits longest goes first. So a slow registry delays only the pulls that
+/// need it.
+#[derive(Debug)]
+pub struct Place {
+    places: Arc<Semaphore>,
+    held: Option<(OwnedSemaphorePermit, Instant)>,
+}
+
+impl Place {
+    /// Returns once the transfer has a place.
+    pub async fn take(&mut self) {
+        if let Some((_, since)) = &self.held {
+            if since.elapsed() < SLICE {
+                return;
+            }
+            self.held = None;
+        }
+        // It fails only when closed, which nobody does.
+        let permit = self.places.clone().acquire_owned().await.ok();
+        self.held = permit.map(|permit| (permit, Instant::now()));
+    }
+
+    pub fn give_up(&mut self) {
+        self.held = None;
     }
 }
 
@@ -133,6 +177,27 @@ mod tests {
         assert!(took >= Duration::from_millis(280), "{took:?}");
         let unlimited = Budget::new(1, 1, None);
         unlimited.received(usize::MAX).await;
+    }
+
+    #[tokio::test]
+    async fn a_place_is_for_a_while() {
+        let budget = Budget::new(1, 1, None);
+        let (mut slow, mut other) = (budget.place(), budget.place());
+        slow.take().await;
+        let wait = tokio::time::timeout(SLICE * 2, async {
+            tokio::join!(other.take(), async {
+                for _ in 0..100 {
+                    tokio::time::sleep(SLICE / 10).await;
+                    slow.take().await;
+                }
+            })
+        });
+        // Bytes never cease to come for the one, and the other has its turn.
+        assert!(wait.await.is_err());
+        assert!(other.held.is_some() && slow.held.is_none());
+        other.give_up();
+        slow.take().await;
+        assert!(slow.held.is_some());
     }
 
     #[test]

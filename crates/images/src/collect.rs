@@ -16,16 +16,7 @@ impl Inner {
     pub(crate) fn referenced(&self) -> (HashSet<Digest>, HashSet<Digest>) {
         let catalog = self.catalog();
         let discarded = |image: &Image, blob: &Digest| {
-            // One blob may be several layers, of which some are not unpacked yet.
-            let mut layers = image
-                .layer_blobs()
-                .iter()
-                .zip(&image.layers)
-                .filter(|(own, _)| *own == blob)
-                .peekable();
-            self.options.discard_unpacked_layers
-                && layers.peek().is_some()
-                && layers.all(|(_, chain)| self.snapshotter.has_layer(chain))
+            self.options.discard_unpacked_layers && self.is_unpacked_blob(image, blob)
         };
         let blobs = catalog
             .images()
@@ -41,17 +32,23 @@ impl Inner {
     }
 
     /// Removes those of an image's compressed layers that nothing refers to, where the node lets go
-    /// of them once they are unpacked.
-    pub(crate) async fn discard(self: &Arc<Self>, layers: Vec<Digest>) -> Result<()> {
+    /// of them once they are unpacked. The image is here whether that succeeds or not: what stays
+    /// is for the next collection.
+    pub(crate) async fn discard(self: &Arc<Self>, image: &Image) {
         if !self.options.discard_unpacked_layers {
-            return Ok(());
+            return;
         }
-        self.drop_blobs(layers).await
+        if let Err(error) = self.drop_blobs(image.layer_blobs().to_vec()).await {
+            tracing::warn!(%error, image = %image.id, "compressed layers stay until collection");
+        }
     }
 
     /// What belonged to `image` alone. It is no longer listed, and no image is admitted
     /// meanwhile.
     pub(crate) fn collect_of(&self, image: &Image, in_use: &dyn LayersInUse) -> Result<()> {
+        if !self.all_read() {
+            return Ok(());
+        }
         let (blobs, _) = self.referenced();
         for blob in image.blobs.iter().filter(|blob| !blobs.contains(blob)) {
             self.leases
@@ -62,6 +59,9 @@ impl Inner {
     }
 
     pub(crate) fn collect_all(&self, in_use: &dyn LayersInUse) -> Result<()> {
+        if !self.all_read() {
+            return Ok(());
+        }
         let (blobs, _) = self.referenced();
         for (blob, _) in self.content.list()? {
             let metadata = std::fs::metadata(self.content.path(&blob));
@@ -131,6 +131,9 @@ impl Inner {
         let changing = self.changing.lock().await;
         let work = self.clone();
         let dropped = blocking("blob removal", move || {
+            if !work.all_read() {
+                return Ok(());
+            }
             let (blobs, _) = work.referenced();
             for blob in fresh.iter().filter(|blob| !blobs.contains(blob)) {
                 work.leases
@@ -142,5 +145,39 @@ impl Inner {
         let dropped = dropped.await;
         drop(changing);
         dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::service::{Images, Options};
+
+    #[tokio::test]
+    async fn blobs_are_dropped_while_no_image_is_admitted() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = gantry_store::Store::open(&dir.path().join("store")).unwrap();
+        let layers = gantry_snapshotter_native::Native::open(dir.path()).unwrap();
+        let options = Options::default();
+        let images = Images::open(dir.path(), store.store, Arc::new(layers), options).unwrap();
+        let inner = &images.inner;
+        let digest = inner.content.put(b"hello").unwrap();
+        let here = || inner.content.size(&digest).unwrap().is_some();
+        let admitting = inner.changing.lock().await;
+        let dropping = inner.drop_blobs(vec![digest.clone()]);
+        tokio::pin!(dropping);
+        let early = tokio::time::timeout(Duration::from_millis(100), &mut dropping).await;
+        assert!(early.is_err() && here());
+        drop(admitting);
+        dropping.await.unwrap();
+        assert!(!here());
+        // What work under way holds stays.
+        let digest = inner.content.put(b"held").unwrap();
+        let mut lease = inner.leases.lease();
+        lease.hold([&digest]);
+        inner.drop_blobs(vec![digest.clone()]).await.unwrap();
+        assert!(inner.content.size(&digest).unwrap().is_some());
     }
 }

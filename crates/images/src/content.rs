@@ -15,11 +15,14 @@
 //! What a pull downloads stays a part, also when it is whole, until [`Content::settle`] has made
 //! all blobs of the image durable at once. Parts survive the process that began them; that one was
 //! whole is forgotten with it, and it is hashed again.
+//!
+//! A part has one download. Another one of the same blob, from a registry that does not wait for
+//! the first, writes a file of its own; the first that is verified is the blob.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,8 +49,71 @@ struct Inner {
     /// Bytes of all blobs, so that nobody has to walk the disk to tell.
     used: AtomicU64,
     blobs: AtomicU64,
-    /// Parts that are whole and verified, with their sizes.
-    whole: Mutex<HashMap<Digest, u64>>,
+    parts: Mutex<Parts>,
+}
+
+/// What is in `ingest` of downloads.
+#[derive(Debug, Default)]
+struct Parts {
+    /// Those that are whole and verified.
+    whole: HashMap<Digest, Whole>,
+    /// Every file, with the bytes that are there.
+    files: HashMap<PathBuf, Arc<AtomicU64>>,
+    /// Files that a download has.
+    taken: HashSet<PathBuf>,
+}
+
+#[derive(Clone, Debug)]
+struct Whole {
+    path: PathBuf,
+    size: u64,
+}
+
+impl Parts {
+    /// Deletes a file, or forgets one that is gone.
+    fn remove(&mut self, path: &Path) -> Result<()> {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io(format_args!("remove {}", path.display()), e));
+            }
+            _ => {}
+        }
+        self.files.remove(path);
+        Ok(())
+    }
+}
+
+/// A download's hold on its file, for as long as anybody may write to it.
+#[derive(Debug)]
+pub struct Claim {
+    content: Content,
+    digest: Digest,
+    path: PathBuf,
+    /// The file is nobody's next time.
+    aside: bool,
+    size: Arc<AtomicU64>,
+}
+
+impl Claim {
+    /// Bytes have come, so many more.
+    pub fn grown(&self, bytes: u64) {
+        self.size.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut parts = self.content.parts_now();
+        parts.taken.remove(&self.path);
+        let whole = parts.whole.values().any(|whole| whole.path == self.path);
+        let done = match self.aside && !whole {
+            true => parts.remove(&self.path),
+            false => self.content.move_in(&mut parts, &self.digest),
+        };
+        if let Err(error) = done {
+            tracing::warn!(%error, "a part stays until the next start");
+        }
+    }
 }
 
 /// End of a part's name.
@@ -71,7 +137,7 @@ impl Content {
             serial: AtomicU64::new(0),
             used: AtomicU64::new(0),
             blobs: AtomicU64::new(0),
-            whole: Mutex::default(),
+            parts: Mutex::default(),
         };
         let content = Self {
             inner: Arc::new(inner),
@@ -95,6 +161,11 @@ impl Content {
         for (_, size) in content.list()? {
             content.account(size);
         }
+        for (digest, metadata) in content.parts()? {
+            let occupied = Arc::new(AtomicU64::new(metadata.blocks() * 512));
+            let mut parts = content.parts_now();
+            parts.files.insert(content.part_path(&digest), occupied);
+        }
         Ok(content)
     }
 
@@ -106,17 +177,32 @@ impl Content {
         self.inner.root.join("index.json")
     }
 
-    /// Bytes and number of all blobs.
+    /// Bytes and number of all blobs and parts.
     pub fn used(&self) -> (u64, u64) {
+        let parts = self.parts_now();
+        let bytes = parts
+            .files
+            .values()
+            .map(|size| size.load(Ordering::Relaxed));
+        let settled = self.inner.used.load(Ordering::Relaxed);
         (
-            self.inner.used.load(Ordering::Relaxed),
-            self.inner.blobs.load(Ordering::Relaxed),
+            bytes.fold(settled, u64::saturating_add),
+            self.inner.blobs.load(Ordering::Relaxed) + parts.files.len() as u64,
         )
     }
 
     fn account(&self, size: u64) {
         self.inner.used.fetch_add(size, Ordering::Relaxed);
         self.inner.blobs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn discount(&self, size: u64) {
+        // A blob that somebody else put there was never counted.
+        for (counter, less) in [(&self.inner.used, size), (&self.inner.blobs, 1)] {
+            let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |counted| {
+                Some(counted.saturating_sub(less))
+            });
+        }
     }
 
     fn ingest_dir(&self) -> PathBuf {
@@ -143,22 +229,35 @@ impl Content {
         self.ingest_dir().join(name)
     }
 
-    fn whole(&self) -> MutexGuard<'_, HashMap<Digest, u64>> {
-        // The map is whole between any two statements.
+    fn parts_now(&self) -> MutexGuard<'_, Parts> {
+        // What a panic could leave half changed are counts for people.
         self.inner
-            .whole
+            .parts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A part that is whole. One whose file somebody has taken away is forgotten.
+    fn whole(&self, parts: &mut Parts, digest: &Digest) -> Option<Whole> {
+        let whole = parts.whole.get(digest)?;
+        // An error of the disk is for whoever reads.
+        if whole.path.try_exists().unwrap_or(true) {
+            return Some(whole.clone());
+        }
+        tracing::warn!(%digest, "a blob that was fetched is gone from the disk");
+        let path = whole.path.clone();
+        parts.whole.remove(digest);
+        parts.files.remove(&path);
+        None
     }
 
     /// Opens a blob, settled or not; `None` if it is not here.
     fn open_found(&self, digest: &Digest) -> Result<Option<File>> {
         // Held over the opening: a blob that is being settled is in one of the two places.
-        let whole = self.whole();
-        let path = if whole.contains_key(digest) {
-            self.part_path(digest)
-        } else {
-            self.path(digest)
+        let mut parts = self.parts_now();
+        let path = match self.whole(&mut parts, digest) {
+            Some(whole) => whole.path,
+            None => self.path(digest),
         };
         match File::open(&path) {
             Ok(file) => Ok(Some(file)),
@@ -167,27 +266,82 @@ impl Content {
         }
     }
 
-    /// The part of a blob of `size` bytes, with what earlier downloads left. One at a time: the
-    /// caller holds the blob's lock.
+    /// The part of a blob of `size` bytes, with what earlier downloads left, unless another
+    /// download has that.
     pub fn part(&self, digest: &Digest, size: u64) -> Result<Partial> {
-        Partial::open(self.part_path(digest), digest, size)
+        let claim = {
+            let mut parts = self.parts_now();
+            let usual = self.part_path(digest);
+            let aside = parts.taken.contains(&usual) || parts.whole.contains_key(digest);
+            let path = if aside { self.new_name() } else { usual };
+            parts.taken.insert(path.clone());
+            Claim {
+                content: self.clone(),
+                digest: digest.clone(),
+                path,
+                aside,
+                size: Arc::default(),
+            }
+        };
+        let part = Partial::open(claim.path.clone(), digest, size)?;
+        claim.grown(part.there());
+        let counted = claim.size.clone();
+        self.parts_now().files.insert(claim.path.clone(), counted);
+        Ok(part.with_claim(claim))
     }
 
-    /// Throws a part away.
+    /// Throws away what a download brought, which is to begin anew.
+    pub fn scrap(&self, part: &Partial) -> Result<()> {
+        // Nobody else's: it has the claim.
+        self.parts_now().remove(part.path())
+    }
+
+    /// Throws away what is here of a blob and not settled. What a download has at this moment it
+    /// keeps.
     pub fn discard(&self, digest: &Digest) -> Result<()> {
-        let path = self.part_path(digest);
-        self.whole().remove(digest);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io(format_args!("remove {}", path.display()), e))
-            }
-            _ => Ok(()),
+        let mut parts = self.parts_now();
+        if let Some(whole) = parts.whole.remove(digest) {
+            parts.remove(&whole.path)?;
         }
+        let usual = self.part_path(digest);
+        if parts.taken.contains(&usual) {
+            return Ok(());
+        }
+        parts.remove(&usual)
     }
 
     /// Takes a part that its reader has verified as a blob, which from now on is found.
-    pub fn verified(&self, part: &Partial) {
-        self.whole().insert(part.digest.clone(), part.size);
+    pub fn verified(&self, part: &Partial) -> Result<()> {
+        let mut parts = self.parts_now();
+        // Another download may have been first.
+        if self.whole(&mut parts, &part.digest).is_some() || self.path(&part.digest).exists() {
+            return parts.remove(part.path());
+        }
+        let whole = Whole {
+            path: part.path().to_owned(),
+            size: part.size,
+        };
+        parts.whole.insert(part.digest.clone(), whole);
+        Ok(())
+    }
+
+    /// Gives a blob that was fetched aside the usual name of a part, once no download has that.
+    fn move_in(&self, parts: &mut Parts, digest: &Digest) -> Result<()> {
+        let usual = self.part_path(digest);
+        let Some(whole) = parts.whole.get_mut(digest) else {
+            return Ok(());
+        };
+        if whole.path == usual || parts.taken.contains(&usual) || parts.taken.contains(&whole.path)
+        {
+            return Ok(());
+        }
+        fs::rename(&whole.path, &usual)
+            .map_err(|e| Error::io(format_args!("rename {}", whole.path.display()), e))?;
+        let before = std::mem::replace(&mut whole.path, usual.clone());
+        if let Some(size) = parts.files.remove(&before) {
+            parts.files.insert(usual, size);
+        }
+        Ok(())
     }
 
     /// Keeps a small blob that has this digest, as a part.
@@ -198,25 +352,25 @@ impl Content {
         self.discard(digest)?;
         let part = self.part(digest, bytes.len() as u64)?;
         part.write_at(0, &[bytes::Bytes::copy_from_slice(bytes)])?;
-        self.verified(&part);
-        Ok(())
+        self.verified(&part)
     }
 
-    /// Makes those of `blobs` durable that are not, and gives them their names.
-    pub fn settle(&self, blobs: &[Digest]) -> Result<()> {
+    /// Makes those of `blobs` durable that are not, and gives them their names. Whether all that
+    /// were to be were still there.
+    pub fn settle(&self, blobs: &[Digest]) -> Result<bool> {
         let parts: Vec<Digest> = {
-            let whole = self.whole();
-            let mut parts: Vec<Digest> = blobs
+            let parts = self.parts_now();
+            let mut unsettled: Vec<Digest> = blobs
                 .iter()
-                .filter(|digest| whole.contains_key(digest))
+                .filter(|digest| parts.whole.contains_key(digest))
                 .cloned()
                 .collect();
-            parts.sort();
-            parts.dedup();
-            parts
+            unsettled.sort();
+            unsettled.dedup();
+            unsettled
         };
         if parts.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let root = &self.inner.root;
         let sync = |e| Error::io(format_args!("sync file system of {}", root.display()), e);
@@ -225,23 +379,36 @@ impl Content {
         File::open(root)
             .and_then(gantry_sys::fs::syncfs)
             .map_err(sync)?;
+        let mut complete = true;
         for digest in &parts {
-            let mut whole = self.whole();
+            let mut parts = self.parts_now();
             // Settled meanwhile by another pull that has it too.
-            let Some(size) = whole.get(digest).copied() else {
+            if !parts.whole.contains_key(digest) {
+                continue;
+            }
+            let Some(whole) = self.whole(&mut parts, digest) else {
+                complete = false;
                 continue;
             };
-            let to = self.path(digest);
-            let known = to.exists();
-            fs::rename(self.part_path(digest), &to)
-                .map_err(|e| Error::io(format_args!("store {}", to.display()), e))?;
-            whole.remove(digest);
-            if !known {
-                self.account(size);
-            }
+            self.place(&whole.path, digest, whole.size)?;
+            parts.whole.remove(digest);
+            parts.files.remove(&whole.path);
         }
         failpoint::at("pull::after-blob-rename")?;
-        self.sync()
+        self.sync()?;
+        Ok(complete)
+    }
+
+    /// Gives a file that is on disk its name as a blob. The caller holds the parts.
+    fn place(&self, from: &Path, digest: &Digest, size: u64) -> Result<()> {
+        let to = self.path(digest);
+        let before = fs::symlink_metadata(&to).ok();
+        fs::rename(from, &to).map_err(|e| Error::io(format_args!("store {}", to.display()), e))?;
+        if let Some(before) = before {
+            self.discount(before.len());
+        }
+        self.account(size);
+        Ok(())
     }
 
     /// Parts, whole or not, with what they occupy. Walks the directory.
@@ -258,13 +425,20 @@ impl Content {
                 parts.push((digest, metadata));
             }
         }
+        for (digest, whole) in &self.parts_now().whole {
+            if whole.path != self.part_path(digest)
+                && let Ok(metadata) = fs::metadata(&whole.path)
+            {
+                parts.push((digest.clone(), metadata));
+            }
+        }
         Ok(parts)
     }
 
     /// Size of a blob; `None` if it is not here.
     pub fn size(&self, digest: &Digest) -> Result<Option<u64>> {
-        if let Some(size) = self.whole().get(digest) {
-            return Ok(Some(*size));
+        if let Some(whole) = self.whole(&mut self.parts_now(), digest) {
+            return Ok(Some(whole.size));
         }
         let path = self.path(digest);
         match fs::symlink_metadata(&path) {
@@ -364,14 +538,17 @@ impl Content {
     /// space of a settled one comes back with [`Content::purge`]. Absent is success.
     pub fn remove(&self, digest: &Digest) -> Result<()> {
         self.discard(digest)?;
-        let Some(size) = self.size(digest)? else {
-            return Ok(());
-        };
         let path = self.path(digest);
+        let size = match fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // A link in a blob's place is nobody's blob, and goes like one.
+            Ok(found) if !found.is_dir() => found.len(),
+            Ok(_) => return Err(Error::invalid(path.display(), "a directory and no blob")),
+            Err(e) => return Err(Error::io(format_args!("stat {}", path.display()), e)),
+        };
         fs::rename(&path, self.new_name().with_extension("trash"))
             .map_err(|e| Error::io(format_args!("remove {}", path.display()), e))?;
-        self.inner.used.fetch_sub(size, Ordering::Relaxed);
-        self.inner.blobs.fetch_sub(1, Ordering::Relaxed);
+        self.discount(size);
         Ok(())
     }
 
@@ -462,14 +639,10 @@ impl Ingest {
         self.file
             .sync_all()
             .map_err(|e| Error::io(format_args!("sync {}", self.path.display()), e))?;
-        let to = self.content.path(digest);
-        let known = self.content.size(digest)?.is_some();
-        fs::rename(&self.path, &to)
-            .map_err(|e| Error::io(format_args!("store {}", to.display()), e))?;
-        if !known {
-            self.content.account(size);
-        }
-        Ok(())
+        // A pull may have the same blob unsettled: then there are two for the moment, and two are
+        // counted.
+        let _parts = self.content.parts_now();
+        self.content.place(&self.path, digest, size)
     }
 }
 
@@ -564,7 +737,7 @@ mod tests {
         assert_eq!(content.size(&digest).unwrap(), Some(5));
         assert_eq!(content.read(&digest, 100).unwrap().unwrap(), b"hello");
         assert!(content.open_blob(&digest).is_ok() && !content.path(&digest).exists());
-        assert_eq!((content.used(), in_ingest(&content)), ((0, 0), 1));
+        assert_eq!((content.used(), in_ingest(&content)), ((5, 1), 1));
         // A process that is killed here forgets that it was whole, and keeps the bytes.
         let next = Content::open(content.root()).unwrap();
         assert_eq!(next.size(&digest).unwrap(), None);
@@ -582,6 +755,117 @@ mod tests {
         content.remove(&other).unwrap();
         assert_eq!(content.size(&other).unwrap(), None);
         assert_eq!(in_ingest(&content), 0);
+    }
+
+    #[test]
+    fn an_import_that_meets_an_unsettled_blob_is_counted_right() {
+        let (_dir, content) = open();
+        let digest = hash::sha256(b"hello");
+        content.keep(&digest, b"hello").unwrap();
+        let mut ingest = content.ingest(&digest).unwrap();
+        ingest.write(b"hello").unwrap();
+        ingest.finish(&digest, 5).unwrap();
+        assert_eq!(content.used(), (10, 2), "there are two of it");
+        content.settle(std::slice::from_ref(&digest)).unwrap();
+        assert_eq!(content.used(), (5, 1));
+        content.remove(&digest).unwrap();
+        assert_eq!(content.used(), (0, 0));
+        // Nor does one that was never counted make the sum wrap around.
+        fs::write(content.path(&digest), b"hello").unwrap();
+        content.remove(&digest).unwrap();
+        assert_eq!(content.used(), (0, 0));
+    }
+
+    #[test]
+    fn parts_are_counted_from_the_start() {
+        let (_dir, content) = open();
+        let data = vec![7; 1 << 20];
+        let digest = hash::sha256(&data);
+        let part = content.part(&digest, 1 << 20).unwrap();
+        part.write_at(0, &[data.clone().into()]).unwrap();
+        assert_eq!(content.used(), (1 << 20, 1));
+        drop(part);
+        assert_eq!(content.used(), (1 << 20, 1));
+        let next = Content::open(content.root()).unwrap();
+        assert_eq!(next.used(), (1 << 20, 1));
+        // Taken up again, it is what is believed of it that counts.
+        assert_eq!(next.part(&digest, 1 << 20).unwrap().there(), 1 << 20);
+        assert_eq!(next.used(), (1 << 20, 1));
+        next.discard(&digest).unwrap();
+        assert_eq!(next.used(), (0, 0));
+    }
+
+    #[test]
+    fn two_downloads_of_a_blob_have_files_of_their_own() {
+        for first_wins in [true, false] {
+            let (_dir, content) = open();
+            let digest = hash::sha256(b"hello");
+            let [first, second] = [(); 2].map(|()| content.part(&digest, 5).unwrap());
+            first.write_at(0, &["hel".into()]).unwrap();
+            second.write_at(0, &["hello".into()]).unwrap();
+            assert_eq!(first.there(), 3);
+            // Nobody takes away what is being written.
+            content.discard(&digest).unwrap();
+            assert_eq!(in_ingest(&content), 2);
+            let (winner, loser) = match first_wins {
+                true => (first, second),
+                false => (second, first),
+            };
+            winner.write_at(0, &["hello".into()]).unwrap();
+            content.verified(&winner).unwrap();
+            drop(winner);
+            let read = || content.read(&digest, 100).unwrap().unwrap();
+            assert_eq!(read(), b"hello");
+            // The one that comes late is not needed, and what is here stays.
+            loser.write_at(0, &["hello".into()]).unwrap();
+            content.verified(&loser).unwrap();
+            drop(loser);
+            assert_eq!((read().as_slice(), in_ingest(&content)), (&b"hello"[..], 1));
+            assert!(
+                content.part_path(&digest).exists(),
+                "also for the next start"
+            );
+            assert_eq!(
+                (content.parts().unwrap().len(), content.used()),
+                (1, (5, 1))
+            );
+            content.purge().unwrap();
+            assert!(content.settle(std::slice::from_ref(&digest)).unwrap());
+            assert_eq!((read().as_slice(), in_ingest(&content)), (&b"hello"[..], 0));
+            assert_eq!(content.used(), (5, 1));
+        }
+        // One that is given up leaves its bytes if it was alone, and nothing beside another.
+        let (_dir, content) = open();
+        let digest = hash::sha256(b"hello");
+        let [first, second] = [(); 2].map(|()| content.part(&digest, 5).unwrap());
+        second.write_at(0, &["hel".into()]).unwrap();
+        drop((first, second));
+        assert_eq!(content.used(), (0, 1));
+        let anew = content.part(&digest, 5).unwrap();
+        anew.write_at(0, &["HELLO".into()]).unwrap();
+        content.scrap(&anew).unwrap();
+        drop(anew);
+        assert_eq!((content.used(), in_ingest(&content)), ((0, 0), 0));
+    }
+
+    #[test]
+    fn a_blob_that_somebody_took_away_is_not_here() {
+        let (_dir, content) = open();
+        let digest = hash::sha256(b"hello");
+        let lose = || {
+            content.keep(&digest, b"hello").unwrap();
+            fs::remove_file(content.part_path(&digest)).unwrap();
+        };
+        lose();
+        assert!(content.read(&digest, 100).unwrap().is_none());
+        lose();
+        assert_eq!(content.size(&digest).unwrap(), None);
+        lose();
+        assert!(!content.settle(std::slice::from_ref(&digest)).unwrap());
+        assert_eq!(content.used(), (0, 0));
+        content.keep(&digest, b"hello").unwrap();
+        assert!(content.settle(std::slice::from_ref(&digest)).unwrap());
+        assert_eq!(content.read(&digest, 100).unwrap().unwrap(), b"hello");
     }
 
     #[test]

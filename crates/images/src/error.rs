@@ -62,6 +62,17 @@ pub enum Error {
     #[error("{what}: {reason}")]
     Unsupported { what: String, reason: String },
 
+    /// A blob that was fetched for an image is not on disk any more: somebody took it away.
+    #[error("blob {blob} is gone from the disk")]
+    Gone { blob: Digest },
+
+    /// What is wrong with an image that was to be pulled.
+    #[error("image {reference}: {source}")]
+    Image {
+        reference: String,
+        source: Box<Error>,
+    },
+
     /// A bound on image data was hit.
     #[error("{what}: more than {limit} {unit}")]
     Limit {
@@ -117,6 +128,23 @@ impl Error {
         }
     }
 
+    /// With the reference of the image that was asked for, if it is about content and says only which
+    /// blob or file.
+    pub(crate) fn of_image(self, reference: impl std::fmt::Display) -> Self {
+        match self {
+            Error::Mismatch { .. }
+            | Error::Invalid { .. }
+            | Error::Unsupported { .. }
+            | Error::Limit { .. }
+            | Error::Gone { .. }
+            | Error::Io { .. } => Error::Image {
+                reference: reference.to_string(),
+                source: Box::new(self),
+            },
+            other => other,
+        }
+    }
+
     pub(crate) fn invalid(what: impl std::fmt::Display, reason: impl std::fmt::Display) -> Self {
         Error::Invalid {
             what: what.to_string(),
@@ -143,6 +171,8 @@ impl Kind for Error {
             Error::Answer { .. } | Error::Protocol { .. } | Error::Mismatch { .. } => {
                 ErrorKind::Internal
             }
+            Error::Gone { .. } => ErrorKind::Unavailable,
+            Error::Image { source, .. } => source.kind(),
             Error::Invalid { .. } | Error::Unsupported { .. } => ErrorKind::InvalidArgument,
             Error::Limit { .. } => ErrorKind::ResourceExhausted,
             Error::Hosts { .. } | Error::Credentials { .. } | Error::NotKept { .. } => {

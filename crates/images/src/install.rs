@@ -12,6 +12,7 @@ use std::sync::Arc;
 use gantry_ports::Snapshotter;
 use gantry_ports::snapshotter::{Stage, Whiteouts};
 use gantry_types::Digest;
+use rustix::io::Errno;
 use tokio::task::JoinSet;
 
 use crate::cancel::Cancel;
@@ -178,13 +179,15 @@ pub fn stage_again(inner: &Inner, below: &[Layer], layer: &Layer) -> Result<Stag
     Ok(staged)
 }
 
-/// Takes the blob's lock: another pull may be fetching it.
+/// Takes the lock of the blob's transfer: another pull may be fetching it.
 async fn lock(
     inner: &Inner,
     session: Option<&Session>,
     blob: &Descriptor,
 ) -> Result<tokio::sync::OwnedMutexGuard<()>> {
-    let lock = inner.blob_locks.of(&blob.digest).lock_owned();
+    let registry = session.map(Session::registry).unwrap_or_default();
+    let lock = inner.blob_locks.transfer(&blob.digest, registry);
+    let lock = lock.lock_owned();
     match session {
         None => Ok(lock.await),
         Some(session) => tokio::select! {
@@ -214,8 +217,10 @@ async fn is_here(inner: &Arc<Inner>, session: Option<&Session>, blob: &Descripto
 }
 
 /// Removes a blob that has not the digest that it is named by, so that it is fetched anew; whether
-/// it was so. The caller holds the blob's lock.
-async fn drop_unsound(inner: &Arc<Inner>, digest: &Digest) -> Result<bool> {
+/// it was so.
+pub async fn drop_unsound(inner: &Arc<Inner>, digest: &Digest) -> Result<bool> {
+    let lock = inner.blob_locks.of(digest);
+    let _lock = lock.lock().await;
     let (work, digest) = (inner.clone(), digest.clone());
     blocking("blob verification", move || {
         let sound = verify::is_sound(&work, &digest)?;
@@ -247,29 +252,40 @@ pub async fn fetch(
     match session {
         Some(session) if !here => {
             fresh.push(blob.digest.clone());
-            session.blob(blob, &inner.content, hash_only).await
+            session.blob(blob, &inner.content, hash_only(session)).await
         }
         _ => Ok(()),
     }
 }
 
-fn hash_only(partial: &Partial) -> Followed<()> {
-    let follow = Follow::new(partial, None);
-    follow_up(partial, follow, Ok(()))
+fn hash_only(session: &Session) -> impl Fn(&Partial) -> Followed<()> + Send + Sync + 'static {
+    let cancel = session.cancel.clone();
+    move |partial| {
+        let follow = Follow::new(partial, &cancel, None);
+        follow_up(partial, follow, Ok(()), &cancel)
+    }
 }
 
 /// Whether the blob that a reader made `value` of is whole.
-fn follow_up<T>(partial: &Partial, follow: Follow<'_>, value: Result<T>) -> Followed<T> {
+fn follow_up<T>(
+    partial: &Partial,
+    follow: Follow<'_>,
+    value: Result<T>,
+    cancel: &Cancel,
+) -> Followed<T> {
     match value {
         // A full disk, say: more of the blob would not help.
         Err(error) if is_local(&error) => {
             partial.refuse();
             Followed::Ended(error)
         }
+        // Nobody asks any more what the rest of it is.
+        Err(_) if cancel.is_cancelled() => Followed::Ended(Error::Cancelled),
         // What is wrong with the content is the host's fault or the image's: the digest tells.
         value => match follow.verify() {
             Ok(true) => Followed::Whole(value),
             Ok(false) => Followed::Other,
+            Err(_) if cancel.is_cancelled() => Followed::Ended(Error::Cancelled),
             Err(source) => {
                 Followed::Ended(Error::io(format_args!("blob {}", partial.digest), source))
             }
@@ -281,9 +297,14 @@ fn cancel_is(error: &Error) -> bool {
     matches!(error, Error::Cancelled)
 }
 
-fn is_local(error: &Error) -> bool {
+/// Whether it is the node that fails, and neither a blob nor who serves it.
+pub fn is_local(error: &Error) -> bool {
     match error {
-        Error::Io { source, .. } => source.kind() == io::ErrorKind::StorageFull,
+        // A layer that expands too far is told by the same kind as a quota (EDQUOT), without number.
+        Error::Io { source, .. } => {
+            source.kind() == io::ErrorKind::StorageFull
+                || source.raw_os_error() == Some(Errno::DQUOT.raw_os_error())
+        }
         Error::Snapshotter(_) => true,
         _ => false,
     }
@@ -322,9 +343,9 @@ async fn bring(
         Some(session) if !here && alone => {
             let (work, layer_too, cancel) = (inner.clone(), layer.clone(), cancel.clone());
             let follow = move |partial: &Partial| {
-                let mut follow = Follow::new(partial, Some(&work.budget.turns));
+                let mut follow = Follow::new(partial, &cancel, Some(&work.budget.turns));
                 let staged = stage(&work, &layer_too, &mut follow, &cancel);
-                follow_up(partial, follow, staged)
+                follow_up(partial, follow, staged, &cancel)
             };
             session
                 .blob(&layer.blob, &inner.content, follow)
@@ -332,7 +353,9 @@ async fn bring(
                 .map(Some)
         }
         Some(session) if !here => {
-            session.blob(&layer.blob, &inner.content, hash_only).await?;
+            session
+                .blob(&layer.blob, &inner.content, hash_only(session))
+                .await?;
             Ok(None)
         }
         _ if alone => {
@@ -418,7 +441,11 @@ async fn fetch_and_stage(
 /// Unpacks a layer whose blob is here.
 fn stage_here(inner: &Inner, layer: &Layer, cancel: &Cancel) -> Result<Staged> {
     let blob = inner.content.open_blob(&layer.blob.digest)?;
-    stage(inner, layer, blob, cancel)
+    match stage(inner, layer, blob, cancel) {
+        // A read that was ended so says nothing of the blob.
+        Err(error) if cancel.is_cancelled() && !is_local(&error) => Err(Error::Cancelled),
+        staged => staged,
+    }
 }
 
 /// Unpacks one layer into a stage of its own and verifies its diff id.
@@ -555,5 +582,48 @@ impl<R: Read> Read for Stoppable<R> {
             gantry_sys::failpoint::at("pull::mid-unpack")?;
         }
         self.inner.read(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(source: io::Error) -> Error {
+        Error::io("x", source)
+    }
+
+    #[test]
+    fn a_full_disk_and_a_quota_are_the_nodes_own() {
+        for code in [Errno::NOSPC, Errno::DQUOT] {
+            let error = of(io::Error::from_raw_os_error(code.raw_os_error()));
+            assert!(is_local(&error), "{error}");
+            assert_eq!(
+                gantry_types::Kind::kind(&error),
+                gantry_types::ErrorKind::ResourceExhausted
+            );
+        }
+        // What a layer expands to is the layer's.
+        let bomb = io::Error::new(io::ErrorKind::QuotaExceeded, "expands");
+        assert!(!is_local(&of(bomb)) && !is_local(&Error::Cancelled));
+    }
+
+    #[test]
+    fn a_cancelled_reader_hashes_no_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = hash::sha256(b"hello");
+        let partial = Partial::open(dir.path().join("x"), &digest, 5).unwrap();
+        partial.write_at(0, &["hello".into()]).unwrap();
+        let cancel = Cancel::default();
+        let end = |value: Result<()>| {
+            let follow = Follow::new(&partial, &cancel, None);
+            follow_up(&partial, follow, value, &cancel)
+        };
+        let ended = || of(io::Error::other("the pull was given up"));
+        assert!(matches!(end(Err(ended())), Followed::Whole(Err(_))));
+        cancel.cancel();
+        for value in [Err(ended()), Ok(())] {
+            assert!(matches!(end(value), Followed::Ended(Error::Cancelled)));
+        }
     }
 }

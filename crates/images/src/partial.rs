@@ -19,14 +19,18 @@ use bytes::Bytes;
 use gantry_types::Digest;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
+use tokio::sync::watch;
 
 use crate::budget::{Turn, Turns};
+use crate::cancel::Cancel;
+use crate::content::Claim;
 use crate::hash::Hasher;
 use crate::{Error, Result};
 
 /// Where a piece ends inside a block, the file system does not say; so the last block of a piece
-/// is fetched again. File systems have blocks of up to 64 KiB.
-const BLOCK: u64 = 64 << 10;
+/// is fetched again. For the same reason a piece begins at a multiple of it, or where bytes are. File
+/// systems have blocks of up to 64 KiB.
+pub const BLOCK: u64 = 64 << 10;
 
 #[derive(Debug)]
 pub struct Partial {
@@ -38,6 +42,9 @@ pub struct Partial {
     pub resumed: bool,
     state: Mutex<State>,
     grown: Condvar,
+    /// The first byte is there.
+    begun: watch::Sender<bool>,
+    claim: Option<Claim>,
 }
 
 #[derive(Debug, Default)]
@@ -70,12 +77,15 @@ impl Partial {
             }
             length => pieces(&file, length, size).map_err(fail)?,
         };
+        let begun = watch::Sender::new(have.end_of(0).is_some());
         Ok(Self {
             path,
             file,
             digest: digest.clone(),
             size,
             resumed: !have.0.is_empty(),
+            begun,
+            claim: None,
             state: Mutex::new(State {
                 have,
                 ..State::default()
@@ -84,8 +94,27 @@ impl Partial {
         })
     }
 
+    /// Keeps the file's claim for as long as this lives.
+    pub fn with_claim(self, claim: Claim) -> Self {
+        Self {
+            claim: Some(claim),
+            ..self
+        }
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes that are there.
+    pub fn there(&self) -> u64 {
+        self.lock().have.bytes()
+    }
+
+    /// Returns once the first byte is there.
+    pub async fn begun(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.begun.subscribe().wait_for(|&begun| begun).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -100,9 +129,7 @@ impl Partial {
 
     /// Bytes that are not there.
     pub fn absent(&self) -> u64 {
-        let state = self.lock();
-        let there = state.have.0.iter().map(|span| span.end - span.start);
-        self.size.saturating_sub(there.sum())
+        self.size.saturating_sub(self.there())
     }
 
     /// Writes what is not there yet of `data`, which belongs at `offset`. Blocks.
@@ -118,8 +145,14 @@ impl Partial {
                     .write_all_at(chunk.get(from..to).unwrap_or_default(), gap.start)
                     .map_err(|e| Error::io(format_args!("write {}", self.path.display()), e))?;
                 at = gap.end;
-                let mut state = self.lock();
-                state.have.add(gap);
+                if let Some(claim) = &self.claim {
+                    claim.grown(gap.end - gap.start);
+                }
+                let first = gap.start == 0;
+                self.lock().have.add(gap);
+                if first {
+                    self.begun.send_replace(true);
+                }
             }
             self.grown.notify_all();
             offset = end;
@@ -206,6 +239,10 @@ impl Spans {
         self.0.splice(first..last, [joined]);
     }
 
+    fn bytes(&self) -> u64 {
+        self.0.iter().map(|span| span.end - span.start).sum()
+    }
+
     fn end_of(&self, at: u64) -> Option<u64> {
         let next = self.0.partition_point(|span| span.end <= at);
         let span = self.0.get(next)?;
@@ -228,17 +265,20 @@ pub struct Follow<'a> {
     partial: &'a Partial,
     at: u64,
     hasher: Hasher,
+    cancel: &'a Cancel,
     turns: Option<&'a Turns>,
     turn: Option<Turn>,
 }
 
 impl<'a> Follow<'a> {
-    /// With `turns` it keeps a turn from one read to the next, unless it must wait for bytes.
-    pub fn new(partial: &'a Partial, turns: Option<&'a Turns>) -> Self {
+    /// With `turns` it keeps a turn from one read to the next, unless it must wait for bytes. Once
+    /// `cancel` is told, every read fails.
+    pub fn new(partial: &'a Partial, cancel: &'a Cancel, turns: Option<&'a Turns>) -> Self {
         Self {
             partial,
             at: 0,
             hasher: Hasher::new(partial.digest.algorithm()),
+            cancel,
             turns,
             turn: None,
         }
@@ -257,6 +297,7 @@ impl Read for Follow<'_> {
         if self.at == self.partial.size || buffer.is_empty() {
             return Ok(0);
         }
+        self.cancel.check().map_err(io::Error::other)?;
         let end = match self.partial.ready(self.at) {
             Some(end) => end,
             None => {
@@ -322,7 +363,8 @@ mod tests {
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
                 let mut out = Vec::new();
-                let mut follow = Follow::new(&partial, None);
+                let cancel = Cancel::default();
+                let mut follow = Follow::new(&partial, &cancel, None);
                 follow.by_ref().take(1000).read_to_end(&mut out).unwrap();
                 (out, follow.verify().unwrap())
             });
@@ -345,7 +387,11 @@ mod tests {
             .write_at(0, &["01xxxx".into(), "6789".into()])
             .unwrap();
         assert_eq!(std::fs::read(partial.path()).unwrap(), b"01x3456789");
-        assert!(!Follow::new(&partial, None).verify().unwrap());
+        assert!(
+            !Follow::new(&partial, &Cancel::default(), None)
+                .verify()
+                .unwrap()
+        );
     }
 
     #[test]
@@ -354,7 +400,25 @@ mod tests {
         let partial = partial(dir.path(), b"0123456789");
         partial.write_at(0, &["0123".into()]).unwrap();
         partial.end();
-        assert!(Follow::new(&partial, None).verify().is_err());
+        assert!(
+            Follow::new(&partial, &Cancel::default(), None)
+                .verify()
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn a_reader_of_what_nobody_wants_ends_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let partial = partial(dir.path(), b"0123456789");
+        partial.write_at(0, &["0123456789".into()]).unwrap();
+        let cancel = Cancel::default();
+        let mut follow = Follow::new(&partial, &cancel, None);
+        assert_eq!(follow.read(&mut [0; 4]).unwrap(), 4);
+        cancel.cancel();
+        assert!(follow.read(&mut [0; 4]).is_err());
+        assert_eq!(follow.at, 4);
+        assert!(follow.verify().is_err(), "the rest is not hashed");
     }
 
     #[test]
@@ -381,7 +445,11 @@ mod tests {
                 usize::try_from(gap.start).unwrap()..usize::try_from(gap.end).unwrap(),
             );
         }
-        assert!(Follow::new(&again, None).verify().unwrap());
+        assert!(
+            Follow::new(&again, &Cancel::default(), None)
+                .verify()
+                .unwrap()
+        );
         drop(again);
         // All there: nothing needs to be fetched again, not even the last block.
         assert_eq!(partial(dir.path(), &content).missing(0..1 << 20), None);

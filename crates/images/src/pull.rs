@@ -23,19 +23,28 @@ use crate::{Error, Result, failpoint};
 const DEPTH_MAX: usize = 4;
 const DOCUMENTS_MAX: usize = 32;
 
-/// One lock per blob under way, so that two pulls do not fetch the same one twice.
+/// Locks of blobs under way.
 #[derive(Default)]
-pub struct BlobLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+pub struct BlobLocks(Mutex<HashMap<(Digest, String), Weak<tokio::sync::Mutex<()>>>>);
 
 impl BlobLocks {
+    /// For a look at a blob that is here and for what follows from it. Never held over anything that
+    /// a registry may delay.
     pub fn of(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {
+        self.transfer(digest, "")
+    }
+
+    /// For a blob's transfer, so that two pulls do not fetch it twice from one registry. Taken before
+    /// [`BlobLocks::of`]. A registry that sends it slowly, or never, holds up no other's.
+    pub fn transfer(&self, digest: &Digest, registry: &str) -> Arc<tokio::sync::Mutex<()>> {
         let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(lock) = locks.get(digest).and_then(Weak::upgrade) {
+        let key = (digest.clone(), registry.to_owned());
+        if let Some(lock) = locks.get(&key).and_then(Weak::upgrade) {
             return lock;
         }
         locks.retain(|_, lock| lock.strong_count() > 0);
         let lock = Arc::new(tokio::sync::Mutex::new(()));
-        locks.insert(digest.clone(), Arc::downgrade(&lock));
+        locks.insert(key, Arc::downgrade(&lock));
         lock
     }
 }
@@ -68,6 +77,7 @@ pub async fn renew(
         renew,
     )
     .await
+    .map_err(|error| error.of_image(reference))
 }
 
 /// Pulls an image and returns its id. Told to end by `cancel`, it ends in order: what it has
@@ -80,9 +90,16 @@ pub async fn pull(
     progress: &Progress,
 ) -> Result<String> {
     let mut fresh = Vec::new();
-    let none = Renew::default();
-    let watch = (cancel, progress);
-    let pulled = pull_image(inner, reference, credentials, watch, &mut fresh, none).await;
+    let mut pull = async || {
+        let none = Renew::default();
+        let watch = (cancel, progress);
+        pull_image(inner, reference, credentials, watch, &mut fresh, none).await
+    };
+    let mut pulled = pull().await;
+    if let Err(error @ Error::Gone { .. }) = &pulled {
+        tracing::warn!(%error, %reference, "a pull begins anew");
+        pulled = pull().await;
+    }
     // What was fetched is for the next try: but a full disk is not the time to keep it, and an
     // image that is not sound will be none then.
     if let Err(error) = &pulled
@@ -94,7 +111,7 @@ pub async fn pull(
     {
         tracing::warn!(%error, "blobs of a failed pull stay until collection");
     }
-    pulled
+    pulled.map_err(|error| error.of_image(reference))
 }
 
 async fn pull_image(
@@ -137,7 +154,7 @@ async fn pull_image(
     failpoint::at("pull::before-record")?;
     let image = inner.admit(manifest, tags, vec![named]).await?;
     drop(lease);
-    inner.discard(image.layer_blobs().to_vec()).await?;
+    inner.discard(&image).await;
     Ok(image.id.clone())
 }
 
@@ -241,19 +258,19 @@ impl Walk<'_> {
     }
 
     async fn local(&self, digest: &Digest) -> Result<Option<Vec<u8>>> {
-        let (content, digest) = (self.inner.content.clone(), digest.clone());
-        blocking("blob read", move || {
-            match content.read(&digest, document::DOCUMENT_MAX) {
-                // Damaged on disk: as if it were not here, so that it is fetched anew.
-                Err(Error::Mismatch { .. } | Error::Limit { .. }) => {
-                    tracing::warn!(%digest, "a document has another digest than its name");
-                    content.remove(&digest)?;
-                    content.purge().map(|()| None)
-                }
-                read => read,
+        let (content, name) = (self.inner.content.clone(), digest.clone());
+        let read = blocking("blob read", move || {
+            content.read(&name, document::DOCUMENT_MAX)
+        });
+        match read.await {
+            // Damaged on disk: as if it were not here, so that it is fetched anew. Unless somebody
+            // has brought a good one meanwhile.
+            Err(Error::Mismatch { .. } | Error::Limit { .. }) => {
+                install::drop_unsound(self.inner, digest).await?;
+                Ok(None)
             }
-        })
-        .await
+            read => read,
+        }
     }
 
     /// Keeps a document in the content store and reads it.

@@ -102,7 +102,9 @@ pub struct FsInfo {
 #[derive(Debug)]
 pub struct ImageInUse {
     image: Arc<Image>,
-    _lease: Lease,
+    _layers: Lease,
+    /// What layers are to be unpacked from, until they are.
+    sources: Mutex<Lease>,
 }
 
 impl std::ops::Deref for ImageInUse {
@@ -137,6 +139,10 @@ pub(crate) struct Inner {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// The records lag behind the catalog: a change could not be written down.
     behind: AtomicBool,
+    /// Records of images that could not be read at the start, for a fault of the disk or of the node
+    /// and not of the image. They are kept, and tried again; until then nothing is known to be without
+    /// an image that needs it.
+    unread: Mutex<HashMap<String, ImageRecord>>,
     usage: Mutex<HashMap<Digest, Usage>>,
     /// Where containers write, if that is not the file system of the layers.
     containers: Option<PathBuf>,
@@ -169,6 +175,7 @@ impl Images {
             catalog: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
             behind: AtomicBool::new(false),
+            unread: Mutex::default(),
             usage: Mutex::new(snapshotter.layers()?.into_iter().collect()),
             containers: own_file_system(snapshotter.as_ref())?,
             store,
@@ -212,26 +219,30 @@ impl Images {
         self.inner.catalog().find(name_or_id)
     }
 
-    /// As [`Images::status`], and keeps the image's layers on disk while the result lives.
+    /// As [`Images::status`], and keeps the image's layers on disk while the result lives, and what
+    /// they are to be unpacked from.
     pub fn use_image(&self, name_or_id: &str) -> Result<Option<ImageInUse>> {
         let Some(image) = self.status(name_or_id)? else {
             return Ok(None);
         };
-        let mut lease = self.inner.leases.lease();
-        lease.hold(&image.layers);
+        let [mut layers, mut blobs] = [(); 2].map(|()| self.inner.leases.lease());
+        layers.hold(&image.layers);
+        if !self.inner.is_unpacked(&image) {
+            blobs.hold(&image.blobs);
+        }
         // Removed between look-up and lease: its layers may be gone.
         if self.inner.catalog().get(&image.id).is_none() {
             return Ok(None);
         }
         Ok(Some(ImageInUse {
             image,
-            _lease: lease,
+            _layers: layers,
+            sources: Mutex::new(blobs),
         }))
     }
 
-    /// Unpacks those layers of an image that are only fetched; nothing to do for most. The caller
-    /// holds them, as by [`Images::use_image`].
-    pub async fn unpack(&self, image: &Image) -> Result<()> {
+    /// Unpacks those layers of an image that are only fetched; nothing to do for most.
+    pub async fn unpack(&self, image: &ImageInUse) -> Result<()> {
         if self.inner.is_unpacked(image) {
             return Ok(());
         }
@@ -240,17 +251,15 @@ impl Images {
         let manifest = image.manifest.digest.clone();
         let none = &mut Vec::new();
         drop(install::install(&self.inner, None, &manifest, lease, none).await?);
-        self.discard(image).await
+        let unpacked = self.inner.leases.lease();
+        *image.sources.lock().unwrap_or_else(PoisonError::into_inner) = unpacked;
+        self.inner.discard(image).await;
+        Ok(())
     }
 
     /// Whether all layers of an image are unpacked.
     pub fn is_unpacked(&self, image: &Image) -> bool {
         self.inner.is_unpacked(image)
-    }
-
-    /// Lets go of compressed layers that are unpacked, where the node is told to.
-    async fn discard(&self, image: &Image) -> Result<()> {
-        self.inner.discard(image.layer_blobs().to_vec()).await
     }
 
     /// Gives an image another name, which moves to it from the image that had it. Returns the
@@ -312,6 +321,7 @@ impl Images {
         let changing = self.inner.changing.lock().await;
         let work = self.inner.clone();
         let done = blocking("image collection", move || {
+            work.read_again()?;
             work.collect_all(in_use.as_ref())?;
             work.catch_up()
         });
@@ -442,6 +452,12 @@ impl Inner {
         for (key, record) in records {
             match self.image_of(&record) {
                 Ok(image) => changed |= !catalog.insert(image).is_empty(),
+                Err(error @ (Error::Io { .. } | Error::Snapshotter(_))) => {
+                    tracing::error!(image = %key, %error,
+                        "an image cannot be read: it is not listed, its record is kept, and nothing \
+                         is collected until it can be");
+                    self.unread().insert(key, record);
+                }
                 Err(error) => {
                     tracing::warn!(image = %key, %error, "an image is incomplete: pull it anew");
                     self.store.remove::<ImageRecord>(&key)?;
@@ -457,6 +473,49 @@ impl Inner {
         changed |= catalog.images().count() != before;
         changed |= before > 0 && !self.content.index_path().exists();
         Ok((catalog, changed))
+    }
+
+    fn unread(&self) -> MutexGuard<'_, HashMap<String, ImageRecord>> {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether all images are known, so that what none of them needs may go.
+    pub fn all_read(&self) -> bool {
+        let unread = self.unread();
+        for id in unread.keys() {
+            tracing::warn!(image = %id, "nothing is collected while an image cannot be read");
+        }
+        unread.is_empty()
+    }
+
+    /// Lists the images that could not be read before and now can.
+    fn read_again(&self) -> Result<()> {
+        let unread: Vec<ImageRecord> = self.unread().values().cloned().collect();
+        let mut catalog = Catalog::clone(&self.catalog());
+        let mut changed = false;
+        for record in unread {
+            match self.image_of(&record) {
+                Err(Error::Io { .. } | Error::Snapshotter(_)) => continue,
+                Err(error) => {
+                    tracing::warn!(image = %record.id, %error, "an image is incomplete: pull it anew");
+                }
+                Ok(mut image) => {
+                    // A name that another image was given meanwhile is that one's.
+                    let free = |name: &String| !matches!(catalog.find(name), Ok(Some(_)));
+                    image.tags.retain(free);
+                    image.digests.retain(free);
+                    image.pinned = self.is_pinned(&image);
+                    catalog.insert(image);
+                }
+            }
+            self.unread().remove(&record.id);
+            changed = true;
+        }
+        if changed {
+            self.publish(catalog.clone());
+            self.write_down(&catalog)?;
+        }
+        Ok(())
     }
 
     fn image_of(&self, record: &ImageRecord) -> Result<Image> {
@@ -489,6 +548,23 @@ impl Inner {
             }
         }
         Ok(image)
+    }
+
+    /// A blob of the image that is not here, and that is not of layers which are unpacked.
+    fn lacks(&self, image: &Image) -> Result<Option<Digest>> {
+        for blob in &image.blobs {
+            if !self.is_unpacked_blob(image, blob) && self.content.size(blob)?.is_none() {
+                return Ok(Some(blob.clone()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a blob is a layer that is unpacked. One blob may be several layers.
+    pub fn is_unpacked_blob(&self, image: &Image, blob: &Digest) -> bool {
+        let blobs = image.layer_blobs().iter().zip(&image.layers);
+        let mut layers = blobs.filter(|(own, _)| *own == blob).peekable();
+        layers.peek().is_some() && layers.all(|(_, chain)| self.snapshotter.has_layer(chain))
     }
 
     /// Whether all layers are unpacked.
@@ -539,13 +615,16 @@ impl Inner {
             .into_iter()
             .collect();
         for image in catalog.images() {
+            self.unread().remove(&image.id);
             let record = image.record();
             if records.get(&image.id) != Some(&record) {
                 self.store.put(&image.id, &record)?;
             }
         }
         for id in records.keys().filter(|id| catalog.get(id).is_none()) {
-            self.store.remove::<ImageRecord>(id)?;
+            if !self.unread().contains_key(id) {
+                self.store.remove::<ImageRecord>(id)?;
+            }
         }
         self.behind.store(false, Ordering::Relaxed);
         Ok(())
@@ -583,7 +662,11 @@ impl Inner {
             image.created_at = known.map_or(now, |image| image.created_at);
             image.pinned = work.is_pinned(&image);
             // With its names it has the indexes that they name.
-            work.content.settle(&image.blobs)?;
+            if !work.content.settle(&image.blobs)?
+                && let Some(blob) = work.lacks(&image)?
+            {
+                return Err(Error::Gone { blob });
+            }
             work.content.sync()?;
             let id = image.id.clone();
             if known == Some(&image) {

@@ -110,7 +110,25 @@ impl Images {
         // Also after a failure: what was bad is not wanted back.
         let work = self.inner.clone();
         blocking("layer removal", move || work.purge()).await?;
-        let id = renewed?;
+        let id = renewed.map_err(|error| match error {
+            Error::Denied {
+                reference,
+                host,
+                status,
+                request,
+                detail,
+            } => Error::Denied {
+                reference,
+                host,
+                status,
+                request,
+                detail: format!(
+                    "{detail} (a repair has the node's own credentials alone, images.credentials and \
+                     images.docker_config: those that came with a pull are not kept)"
+                ),
+            },
+            other => other,
+        })?;
         if id != verified.id {
             remains.push(format!("{name} is another image by now: {id}"));
         }
@@ -132,22 +150,26 @@ fn verify(inner: &Inner, image: &Image) -> Result<Verified> {
     let mut bad = HashSet::new();
     let layer_blobs: HashSet<&Digest> = image.layer_blobs().iter().collect();
     for digest in &image.blobs {
-        let reason = match hashed(inner, digest)? {
-            Some((size, true)) => {
+        let reason = match hashed(inner, digest) {
+            // It says nothing of the others.
+            Err(error) => format!("blob {digest} cannot be read: {error}"),
+            Ok(Some((size, true))) => {
                 verified.blobs += 1;
                 verified.bytes += size;
                 continue;
             }
-            Some((size, false)) => format!("blob {digest}: its {size} bytes have another digest"),
+            Ok(Some((size, false))) => {
+                format!("blob {digest}: its {size} bytes have another digest")
+            }
             // Its layer came from an image that packs it otherwise, or it was not kept.
-            None if layer_blobs.contains(digest) && !missing_layer(inner, image, digest) => {
+            Ok(None) if layer_blobs.contains(digest) && !missing_layer(inner, image, digest) => {
                 bad.insert(digest.clone());
                 verified.notes.push(format!(
                     "blob {digest} is not kept, so that its unpacked layer is taken as it is"
                 ));
                 continue;
             }
-            None => format!("blob {digest} is missing"),
+            Ok(None) => format!("blob {digest} is missing"),
         };
         bad.insert(digest.clone());
         verified.faults.push(Fault {
@@ -218,11 +240,13 @@ fn tree(inner: &Inner, below: &[Layer], layer: &Layer, verified: &mut Verified) 
             else {
                 return Ok(());
             };
-            compare::trees(wanted, &found)
-                .map_err(|e| Error::io(format_args!("layer {}", layer.chain), e))?
+            match compare::trees(wanted, &found) {
+                Ok(differences) => differences,
+                Err(error) => vec![format!("cannot be read: {error}")],
+            }
         }
         // Nothing is wrong with the layer when the disk is full.
-        Err(error @ (Error::Io { .. } | Error::Snapshotter(_))) => return Err(error),
+        Err(error) if install::is_local(&error) => return Err(error),
         Err(error) => vec![error.to_string()],
     };
     verified.layers += 1;

@@ -25,7 +25,9 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -65,6 +67,8 @@ pub struct Behaviour {
     pub cut_after: Option<(usize, u32)>,
     /// Blob bodies stop after so many bytes but stay open, this many times.
     pub stall_after: Option<(usize, u32)>,
+    /// Blob bodies of more than so many bytes and 2000 stop after so many but stay open.
+    pub stall_layers: Option<usize>,
     /// Every blob has one byte changed.
     pub wrong_bytes: bool,
     /// `Docker-Content-Digest` of manifests names something else.
@@ -97,6 +101,8 @@ pub struct Seen {
     pub headers: HashMap<String, String>,
     /// Body of a POST.
     pub body: String,
+    /// The client said by certificate who it is.
+    pub client_certificate: bool,
 }
 
 #[derive(Default)]
@@ -108,6 +114,60 @@ struct State {
     seen: Vec<Seen>,
     /// Tokens given out so far; only the last one is good.
     tokens: u64,
+}
+
+/// A certificate with its key, PEM, for a client to say who it is.
+pub fn client_identity() -> io::Result<String> {
+    let names = vec!["node".to_owned()];
+    let made = rcgen::generate_simple_self_signed(names).map_err(io::Error::other)?;
+    Ok(made.cert.pem() + &made.signing_key.serialize_pem())
+}
+
+/// Asks every client for a certificate, takes any, and does without.
+#[derive(Debug)]
+struct AnyClient(Arc<rustls::crypto::CryptoProvider>);
+
+impl ClientCertVerifier for AnyClient {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[rustls::DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// The server; it stops when this is dropped.
@@ -136,11 +196,11 @@ impl Registry {
         let made = rcgen::generate_simple_self_signed(names).map_err(io::Error::other)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
+        let config = rustls::ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .and_then(|builder| {
                 builder
-                    .with_no_client_auth()
+                    .with_client_cert_verifier(Arc::new(AnyClient(provider)))
                     .with_single_cert(vec![made.cert.der().clone()], key)
             })
             .map_err(io::Error::other)?;
@@ -165,17 +225,23 @@ impl Registry {
             while let Ok((stream, _)) = listener.accept().await {
                 let (state, acceptor, own) = (shared.clone(), acceptor.clone(), own.clone());
                 connections.spawn(async move {
-                    let service =
-                        service_fn(move |request| answer(state.clone(), own.clone(), request));
+                    let service = |certificate| {
+                        service_fn(move |request| {
+                            answer(state.clone(), own.clone(), certificate, request)
+                        })
+                    };
                     let http = hyper::server::conn::http1::Builder::new();
                     // A client that leaves in the middle is none of a test's business.
                     match acceptor {
                         Some(acceptor) => {
                             if let Ok(stream) = acceptor.accept(stream).await {
+                                let told = stream.get_ref().1.peer_certificates().is_some();
+                                let service = service(told);
                                 let _ = http.serve_connection(TokioIo::new(stream), service).await;
                             }
                         }
                         None => {
+                            let service = service(false);
                             let _ = http.serve_connection(TokioIo::new(stream), service).await;
                         }
                     }
@@ -288,6 +354,7 @@ fn status(status: StatusCode, text: &'static str) -> Response<Body> {
 async fn answer(
     state: Arc<Mutex<State>>,
     own: String,
+    client_certificate: bool,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let (parts, body) = request.into_parts();
@@ -314,6 +381,7 @@ async fn answer(
             .filter_map(|(name, value)| Some((name.to_string(), value.to_str().ok()?.to_owned())))
             .collect(),
         body,
+        client_certificate,
     };
     let latency = {
         let mut state = lock(&state);
@@ -509,6 +577,12 @@ fn blob(state: &mut State, seen: &Seen, repository: &str, digest: &str) -> Respo
         (_, Some((after, times))) if *times > 0 => {
             *times -= 1;
             pieces(data.slice(..(*after).min(length)), true)
+        }
+        _ if behaviour
+            .stall_layers
+            .is_some_and(|after| length > after + 2000) =>
+        {
+            pieces(data.slice(..behaviour.stall_layers.unwrap_or(0)), true)
         }
         _ => match behaviour.trickle {
             Some((piece, pause)) => trickle(data, piece, pause),

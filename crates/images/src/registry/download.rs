@@ -16,7 +16,7 @@ use super::failures::Failures;
 use super::session::Session;
 use crate::content::Content;
 use crate::document::Descriptor;
-use crate::partial::Partial;
+use crate::partial::{BLOCK, Partial};
 use crate::{Error, Result};
 
 /// Bytes that are handed to the disk at once.
@@ -24,7 +24,9 @@ const BATCH: usize = 512 << 10;
 /// A connection that brought this much was of use: its end does not count as a failed try.
 const USEFUL: u64 = 1 << 20;
 /// A transfer on which nothing came for so long gives up its place among the node's.
-const QUIET: Duration = Duration::from_secs(1);
+const QUIET: Duration = Duration::from_millis(20);
+/// How long the end of a pull waits for the disk to take what has come.
+const LAST_WRITE: Duration = Duration::from_secs(1);
 
 /// What the reader of a blob came to.
 pub enum Followed<T> {
@@ -63,7 +65,8 @@ impl Work {
 
     fn next(&self) -> Option<Range<u64>> {
         let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
-        let end = rest.start.saturating_add(self.step).min(rest.end);
+        let end = rest.start.saturating_add(self.step.max(BLOCK)) / BLOCK * BLOCK;
+        let end = end.min(rest.end);
         let span = rest.start..end;
         rest.start = end;
         (!span.is_empty()).then_some(span)
@@ -77,8 +80,8 @@ impl Work {
 }
 
 impl Session {
-    /// Downloads a blob. `follow` is started on a thread of its own, reads the blob while it
-    /// comes and says whether it is whole; what it made of a blob that is not is thrown away.
+    /// Downloads a blob. `follow` reads it on a thread of its own, while it comes if not too many
+    /// others do, and says whether it is whole; what it made of a blob that is not is thrown away.
     /// The first host that has the blob wins; a transfer that breaks off goes on where it was.
     pub async fn blob<T: Send + 'static>(
         &self,
@@ -87,14 +90,17 @@ impl Session {
         follow: impl Fn(&Partial) -> Followed<T> + Send + Sync + 'static,
     ) -> Result<T> {
         let follow = Arc::new(follow);
-        let start = |partial: &Arc<Partial>| {
+        let start = |partial: &Arc<Partial>, leave: Option<OwnedSemaphorePermit>| {
             let (partial, follow) = (partial.clone(), follow.clone());
-            tokio::task::spawn_blocking(move || follow(&partial))
+            tokio::task::spawn_blocking(move || {
+                let _leave = leave;
+                follow(&partial)
+            })
         };
         let mut failures = Failures::default();
-        let mut partial = open(content, blob, false).await?;
+        let mut partial = open(content, blob, None).await?;
         self.progress.to_fetch(partial.absent());
-        let mut reader = start(&partial);
+        let mut reader = None;
         let mut hosts = self.endpoints.iter().filter(|host| host.host.pull);
         let mut host = hosts.next();
         // What is here came from elsewhere, at least in part.
@@ -102,7 +108,19 @@ impl Session {
         loop {
             let got = match host {
                 _ if partial.missing(0..partial.size).is_none() => Ok(()),
-                Some(host) => self.download(host, &partial).await,
+                Some(host) => {
+                    let download = self.download(host, &partial);
+                    tokio::pin!(download);
+                    // Not before there is something to read: it costs a thread.
+                    tokio::select! {
+                        got = &mut download => got,
+                        () = partial.begun(), if reader.is_none() => {
+                            let leave = self.budget.reader();
+                            reader = leave.map(|leave| start(&partial, Some(leave)));
+                            download.await
+                        }
+                    }
+                }
                 None => break,
             };
             if let Err(failure) = got {
@@ -112,10 +130,10 @@ impl Session {
                     None => Ok(()),
                 };
                 if local {
-                    partial.end();
+                    let followed = give_up(&partial, reader).await?;
                     // A reader that wants no more knows better why.
-                    return match (read(reader).await?, kept) {
-                        (Followed::Ended(error), _) if partial.is_unwanted() => Err(error),
+                    return match (followed, kept) {
+                        (Some(error), _) if partial.is_unwanted() => Err(error),
                         (_, Err(error)) => Err(error),
                         (_, Ok(())) => Err(Error::Cancelled),
                     };
@@ -124,17 +142,23 @@ impl Session {
                 host = hosts.next();
                 continue;
             }
-            match read(reader).await? {
+            let last = reader.take().unwrap_or_else(|| start(&partial, None));
+            match read(last).await? {
                 Followed::Whole(value) => {
-                    content.verified(&partial);
-                    crate::failpoint::at("pull::after-blob")?;
-                    return value;
+                    let verified = verified(content, &partial).await;
+                    let done = verified.and_then(|()| crate::failpoint::at("pull::after-blob"));
+                    return match done {
+                        Ok(()) => value,
+                        Err(error) => {
+                            drop_elsewhere(value).await;
+                            Err(error)
+                        }
+                    };
                 }
                 Followed::Ended(error) => return Err(error),
                 Followed::Other => {}
             }
-            drop(partial);
-            partial = open(content, blob, true).await?;
+            partial = open(content, blob, Some(partial)).await?;
             self.progress.to_fetch(partial.absent());
             // The fault may be with what was here before: then the host may try alone.
             if !std::mem::take(&mut mixed) {
@@ -152,10 +176,8 @@ impl Session {
                     return Err(Error::mismatch(&blob.digest, "the blob is empty"));
                 }
             }
-            reader = start(&partial);
         }
-        partial.end();
-        read(reader).await?;
+        give_up(&partial, reader).await?;
         Err(failures.into_error(&self.reference))
     }
 
@@ -278,7 +300,7 @@ impl Session {
         let late = |reason: String| Failure::Unavailable(format!("{}: {reason}", endpoint.name));
         let limit = self.settings.progress_timeout;
         let mut writer = Writer::new(partial.clone(), comes.start);
-        let mut place: Option<OwnedSemaphorePermit> = None;
+        let mut place = self.budget.place();
         let ended = loop {
             if partial.is_unwanted() {
                 break Err(Failure::Local(Error::Cancelled));
@@ -290,7 +312,7 @@ impl Session {
             };
             let chunk = match chunk {
                 Err(_) if quiet < limit => {
-                    place = None;
+                    place.give_up();
                     tokio::select! {
                         chunk = tokio::time::timeout(limit - quiet, response.chunk()) => chunk,
                         error = self.cancel.cancelled() => break Err(Failure::Local(error)),
@@ -308,18 +330,17 @@ impl Session {
                         )));
                     }
                     let allowed = async {
-                        if place.is_none() {
-                            place = self.budget.download().await;
-                        }
+                        place.take().await;
                         self.budget.received(chunk.len()).await;
+                        self.progress.fetched(chunk.len() as u64);
+                        let written = tokio::time::timeout(limit, writer.write(chunk)).await;
+                        written.unwrap_or_else(|_| Err(disk_hangs(partial, limit)))
                     };
                     tokio::select! {
-                        () = allowed => {}
+                        written = allowed => if let Err(failure) = written {
+                            break Err(failure);
+                        },
                         error = self.cancel.cancelled() => break Err(Failure::Local(error)),
-                    }
-                    self.progress.fetched(chunk.len() as u64);
-                    if let Err(failure) = writer.write(chunk).await {
-                        break Err(failure);
                     }
                 }
                 Ok(Ok(None)) if writer.at < comes.end => {
@@ -332,24 +353,74 @@ impl Session {
             }
         };
         let came = writer.at - comes.start;
-        writer
-            .flush()
-            .await
-            .and(ended)
-            .map_err(|failure| (failure, came))
+        let patience = match self.cancel.is_cancelled() {
+            true => LAST_WRITE,
+            false => limit,
+        };
+        let flushed = tokio::time::timeout(patience, writer.flush()).await;
+        let flushed = flushed.unwrap_or_else(|_| Err(disk_hangs(partial, patience)));
+        // Why it ended goes before what became of the rest.
+        match ended {
+            Err(local @ Failure::Local(_)) => Err((local, came)),
+            ended => flushed.and(ended).map_err(|failure| (failure, came)),
+        }
     }
 }
 
-/// The part of a blob; `anew` without what was there.
-async fn open(content: &Content, blob: &Descriptor, anew: bool) -> Result<Arc<Partial>> {
+/// The part of a blob; `instead` of one that was not the blob, whose reader has ended.
+async fn open(
+    content: &Content,
+    blob: &Descriptor,
+    instead: Option<Arc<Partial>>,
+) -> Result<Arc<Partial>> {
     let (content, digest, size) = (content.clone(), blob.digest.clone(), blob.size);
     let opened = tokio::task::spawn_blocking(move || {
-        if anew {
-            content.discard(&digest)?;
+        if let Some(old) = instead {
+            content.scrap(&old)?;
         }
         content.part(&digest, size)
     });
     opened.await.unwrap_or(Err(GONE)).map(Arc::new)
+}
+
+async fn verified(content: &Content, partial: &Arc<Partial>) -> Result<()> {
+    let (content, partial) = (content.clone(), partial.clone());
+    let verified = tokio::task::spawn_blocking(move || content.verified(&partial));
+    verified.await.unwrap_or(Err(GONE))
+}
+
+/// Ends the reader of a blob that will not come; what it says of it, if it did not get to its end.
+async fn give_up<T: Send + 'static>(
+    partial: &Partial,
+    reader: Option<JoinHandle<Followed<T>>>,
+) -> Result<Option<Error>> {
+    partial.end();
+    let Some(reader) = reader else {
+        return Ok(None);
+    };
+    match read(reader).await? {
+        Followed::Ended(error) => Ok(Some(error)),
+        Followed::Whole(value) => {
+            drop_elsewhere(value).await;
+            Ok(None)
+        }
+        Followed::Other => Ok(None),
+    }
+}
+
+/// Drops what may be a tree on disk on a thread that may block.
+async fn drop_elsewhere<T: Send + 'static>(value: T) {
+    // A panic in it has been told.
+    let _ = tokio::task::spawn_blocking(move || drop(value)).await;
+}
+
+fn disk_hangs(partial: &Partial, after: Duration) -> Failure {
+    let reason = format!("the disk took nothing within {after:?}");
+    let source = std::io::Error::new(std::io::ErrorKind::TimedOut, reason);
+    Failure::Local(Error::io(
+        format_args!("write {}", partial.path().display()),
+        source,
+    ))
 }
 
 const GONE: Error = Error::Worker {
@@ -460,6 +531,7 @@ impl Writer {
     async fn idle(&mut self) -> Outcome<()> {
         match self.busy.take() {
             None => Ok(()),
+            // A caller that does not wait leaves it to itself: the file is its alone until it ends.
             Some(busy) => busy.await.unwrap_or(Err(GONE)).map_err(Failure::Local),
         }
     }

@@ -1,7 +1,7 @@
 //! One request to one host: authentication, redirects, retries.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE};
 use reqwest::header::{RETRY_AFTER, WWW_AUTHENTICATE};
@@ -47,6 +47,9 @@ pub struct Endpoint {
     /// `host[:port]`.
     pub name: String,
     client: reqwest::Client,
+    /// For where it leads to, in redirects and token realms, if that is another host: its trust
+    /// without its client certificate.
+    elsewhere: reqwest::Client,
     /// Those of the request, only if they are for this host.
     given: Option<Credentials>,
     /// Those of the node.
@@ -82,7 +85,7 @@ impl Endpoint {
     pub fn new(
         host: Host,
         name: String,
-        client: reqwest::Client,
+        [client, elsewhere]: [reqwest::Client; 2],
         given: Option<Credentials>,
         keychain: Keychain,
     ) -> Self {
@@ -90,6 +93,7 @@ impl Endpoint {
             host,
             name,
             client,
+            elsewhere,
             given,
             keychain,
             found: OnceCell::new(),
@@ -233,7 +237,7 @@ impl Endpoint {
             let own = same_host(&origin, &url);
             let headers = self.headers(request, authorization.filter(|_| own), own)?;
             let sent = self
-                .client
+                .client_for(&url)
                 .request(request.method.clone(), url.clone())
                 .headers(headers);
             let response = self.answered(sent, settings).await?;
@@ -270,6 +274,14 @@ impl Endpoint {
             "{}: more than {REDIRECTS_MAX} redirects",
             self.name
         )))
+    }
+
+    /// A client certificate tells who the node is: that is for the configured host alone.
+    fn client_for(&self, url: &Url) -> &reqwest::Client {
+        match same_host(&self.host.base, url) {
+            true => &self.client,
+            false => &self.elsewhere,
+        }
     }
 
     /// `own`: the request goes to the configured host, so its headers may go along.
@@ -399,7 +411,7 @@ impl Endpoint {
                     ("refresh_token", token),
                 ]);
                 let form = form.query().unwrap_or_default().to_owned();
-                self.client
+                self.client_for(&url)
                     .post(url.clone())
                     .header("content-type", "application/x-www-form-urlencoded")
                     .body(form)
@@ -412,7 +424,7 @@ impl Endpoint {
                     }
                     query.append_pair("scope", scope);
                 }
-                let request = self.client.get(url.clone());
+                let request = self.client_for(&url).get(url.clone());
                 match credentials.and_then(Credentials::basic) {
                     Some((user, password)) => request.basic_auth(user, Some(password)),
                     None => request,
@@ -471,16 +483,14 @@ fn is_temporary(status: StatusCode) -> bool {
     ) || status.is_server_error()
 }
 
-/// Seconds only: registries do not send dates.
+/// Seconds, or the time until a date (RFC 9110, section 10.2.3); a date that is past asks for no wait.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers
-        .get(RETRY_AFTER)?
-        .to_str()
-        .ok()?
-        .trim()
-        .parse()
-        .ok()?;
-    Some(Duration::from_secs(seconds))
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 fn same_host(a: &Url, b: &Url) -> bool {
@@ -576,5 +586,30 @@ async fn detail(response: Response, settings: &Settings) -> String {
     match (clean(&first.code), clean(&first.message)) {
         (code, message) if message.is_empty() => format!(": {code}"),
         (code, message) => format!(": {code}: {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_is_seconds_or_a_date() {
+        let after = |text: &str| {
+            let headers =
+                HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_str(text).unwrap())]);
+            retry_after(&headers)
+        };
+        assert_eq!(after(" 7 "), Some(Duration::from_secs(7)));
+        let later = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(100));
+        let wait = after(&later).unwrap();
+        assert!((90..=100).contains(&wait.as_secs()), "{wait:?}");
+        // The other two forms that were once in use (RFC 9110, section 5.6.7), both long past.
+        for past in ["Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"] {
+            assert_eq!(after(past), Some(Duration::ZERO), "{past}");
+        }
+        for bad in ["", "-1", "soon", "Sun, 06 Nov 1994"] {
+            assert_eq!(after(bad), None, "{bad}");
+        }
     }
 }

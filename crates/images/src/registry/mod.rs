@@ -116,20 +116,31 @@ impl Client {
         for host in hosts {
             let name = hosts::url_host(&host.base);
             let local = hosts::is_loopback(&name);
-            let client = if host.tls != hosts::Tls::default() || host.dial_timeout.is_some() {
+            let clients = if host.tls != hosts::Tls::default() || host.dial_timeout.is_some() {
                 let dial = host.dial_timeout.unwrap_or(self.settings.dial_timeout);
-                tls::client(tls::config(&host.tls)?, dial, !local)?
+                let client = tls::client(tls::config(&host.tls)?, dial, !local)?;
+                if host.tls.client.is_empty() {
+                    [client.clone(), client]
+                } else {
+                    let nobody = hosts::Tls {
+                        client: Vec::new(),
+                        ..host.tls.clone()
+                    };
+                    [client, tls::client(tls::config(&nobody)?, dial, !local)?]
+                }
             } else if local {
-                self.shared()?.loopback
+                let client = self.shared()?.loopback;
+                [client.clone(), client]
             } else {
-                self.shared()?.plain
+                let client = self.shared()?.plain;
+                [client.clone(), client]
             };
             // The configured server is the registry, whatever it is called; a mirror is not.
             let own = credentials.are_for(&name, reference.host())
                 || host.is_server && credentials.are_for(reference.host(), reference.host());
             let credentials = (own && !credentials.is_empty()).then(|| credentials.clone());
             let keychain = self.settings.keychain.clone();
-            let endpoint = exchange::Endpoint::new(host, name, client, credentials, keychain);
+            let endpoint = exchange::Endpoint::new(host, name, clients, credentials, keychain);
             endpoints.push(endpoint);
         }
         Ok(Session::new(

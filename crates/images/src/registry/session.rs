@@ -69,6 +69,11 @@ impl Session {
         }
     }
 
+    /// The registry, as the reference names it.
+    pub fn registry(&self) -> &str {
+        self.reference.host()
+    }
+
     fn wanted(&self) -> Wanted<'_> {
         match (self.reference.digest(), self.reference.tag()) {
             (Some(digest), _) => Wanted::Digest(digest),

@@ -67,10 +67,11 @@ async fn a_layer_that_is_not_its_diff_id_is_refused() {
         .pull(&format!("{}/a:v1", registry.host()))
         .await
         .unwrap_err();
-    assert!(
-        error.to_string().contains("as the image config says"),
-        "{error}"
-    );
+    let text = error.to_string();
+    let (name, layer) = (format!("{}/a:v1", registry.host()), &made.layers[1].digest);
+    for part in ["as the image config says", &name, layer.as_str()] {
+        assert!(text.contains(part), "{text}");
+    }
     node.assert_tidy();
     assert!(node.names("overlayfs/layers").is_empty());
 }
@@ -506,6 +507,11 @@ async fn bombs_fail_by_their_bound() {
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted, "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains(&format!("/a:{tag}")) && text.contains("layer sha256:"),
+            "{text}"
+        );
         node.assert_empty();
     }
 }

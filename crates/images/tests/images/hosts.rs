@@ -269,6 +269,99 @@ async fn a_certificate_must_be_trusted_or_waived() {
 }
 
 #[tokio::test]
+async fn a_client_certificate_is_for_its_host_alone() {
+    if not_root("a_client_certificate_is_for_its_host_alone") {
+        return;
+    }
+    let [own, blobs, realm] = [
+        Registry::start_tls().await.unwrap(),
+        Registry::start_tls().await.unwrap(),
+        Registry::start_tls().await.unwrap(),
+    ];
+    let text = format!(
+        "server = \"{}\"\nca = \"ca.pem\"\nclient = \"client.pem\"\n",
+        own.url()
+    );
+    let (node, certs) = node_with_hosts(&own.host(), &text);
+    let dir = certs.path().join(own.host());
+    // The authority is trusted wherever the registry leads to.
+    let authorities = [&own, &blobs, &realm].map(|registry| registry.ca().unwrap());
+    std::fs::write(dir.join("ca.pem"), authorities.concat()).unwrap();
+    let identity = gantry_testkit::registry::client_identity().unwrap();
+    std::fs::write(dir.join("client.pem"), identity).unwrap();
+
+    own.behave(|b| b.auth = bearer("user", ""));
+    pull(&node, &own, user("secret")).await.unwrap();
+    let seen = own.seen();
+    assert!(seen.iter().any(|seen| seen.path == "/token"));
+    assert!(seen.iter().all(|seen| seen.client_certificate), "{seen:?}");
+
+    node.remove(&format!("{}/a:v1", own.host())).await;
+    own.behave(|b| {
+        b.realm = Some(format!("{}/token", realm.url()));
+        b.redirect = Some(blobs.url());
+    });
+    realm.behave(|b| b.auth = bearer("user", ""));
+    blobs.add("a", "v1", &image("one"));
+    own.forget_seen();
+    pull(&node, &own, user("secret")).await.unwrap();
+    assert!(own.seen().iter().all(|seen| seen.client_certificate));
+    for other in [&blobs, &realm] {
+        let seen = other.seen();
+        assert!(!seen.is_empty());
+        assert!(seen.iter().all(|seen| !seen.client_certificate), "{seen:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_repair_has_only_the_nodes_credentials_and_says_so() {
+    use gantry_images::{HostCredentials, Keychain};
+    if not_root("a_repair_has_only_the_nodes_credentials_and_says_so") {
+        return;
+    }
+    let registry = Registry::start().await.unwrap();
+    registry.behave(|b| b.auth = basic());
+    let made = image("one");
+    let damage = |node: &Node| {
+        let layer = node.dir.path().join("content/blobs/sha256");
+        std::fs::write(layer.join(made.layers[0].digest.hex()), "").unwrap();
+    };
+    let in_use = crate::node::nothing_in_use;
+    let node = Node::new();
+    let id = pull(&node, &registry, user("secret")).await.unwrap();
+    damage(&node);
+    let bad = node.images.verify(&id).await.unwrap();
+    let error = node.images.repair(&bad, in_use()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+    let text = error.to_string();
+    for part in [&registry.host(), "401", "images.credentials"] {
+        assert!(text.contains(part), "{text}");
+    }
+    assert!(!format!("{error:?}").contains("secret"));
+    // A pull that brings some heals what it needs; nothing was made worse.
+    assert_eq!(node.images.verify(&id).await.unwrap().faults, bad.faults);
+
+    let (node, _dir) = node_with_keychain(|dir| {
+        std::fs::write(dir.join("password"), "secret\n").unwrap();
+        let own = HostCredentials {
+            username: "user".into(),
+            password_file: Some(dir.join("password")),
+            ..Default::default()
+        };
+        Keychain {
+            hosts: [(registry.host(), own)].into(),
+            ..Default::default()
+        }
+    });
+    let id = pull(&node, &registry, user("secret")).await.unwrap();
+    damage(&node);
+    let bad = node.images.verify(&id).await.unwrap();
+    assert_eq!(bad.faults.len(), 1);
+    node.images.repair(&bad, in_use()).await.unwrap();
+    assert_eq!(node.images.verify(&id).await.unwrap().faults, []);
+}
+
+#[tokio::test]
 async fn token_answers_are_bounded_and_checked() {
     let (node, registry) = (Node::new(), Registry::start().await.unwrap());
     registry.behave(|b| b.auth = bearer("", ""));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::node::{Node, image, not_root, nothing_in_use, options};
 use gantry_images::{Fate, Faulty, ItemKind, Options};
-use gantry_testkit::image::{Image, oci_layout_of, write_tar};
+use gantry_testkit::image::{Compression, Image, ImageBuilder, Layer, oci_layout_of, write_tar};
 use gantry_testkit::registry::Registry;
 use gantry_types::{Digest, ErrorKind, Kind};
 
@@ -247,6 +247,185 @@ async fn compressed_layers_are_discarded_once_they_are_unpacked() {
     assert_eq!(node.pull(&name).await.unwrap(), id);
     node.remove(&id).await;
     node.assert_empty();
+}
+
+#[tokio::test]
+async fn what_cannot_be_discarded_makes_no_pull_fail() {
+    if not_root("what_cannot_be_discarded_makes_no_pull_fail") {
+        return;
+    }
+    let made = image("one");
+    let (_registry, name) = serve(&made).await;
+    let node = Node::with(Options {
+        discard_unpacked_layers: true,
+        ..options()
+    });
+    let id = node.pull(&name).await.unwrap();
+    let place = blob(&node, &made.layers[0].digest);
+    std::fs::create_dir(&place).unwrap();
+    assert_eq!(node.pull(&name).await.unwrap(), id);
+    std::fs::remove_dir(&place).unwrap();
+    node.remove(&id).await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn a_blob_of_several_layers_is_discarded_with_the_last() {
+    if not_root("a_blob_of_several_layers_is_discarded_with_the_last") {
+        return;
+    }
+    let layer = || Layer::new().file("f", b"the same");
+    let once = ImageBuilder::new().layer(layer(), Compression::Gzip);
+    let twice = ImageBuilder::new()
+        .layer(layer(), Compression::Gzip)
+        .layer(layer(), Compression::Gzip)
+        .build();
+    let once = once.build();
+    let shared = &once.layers[0].digest;
+    assert_eq!(*shared, twice.layers[1].digest);
+    let (_registry, name) = serve(&once).await;
+    let node = Node::with(Options {
+        discard_unpacked_layers: true,
+        ..options()
+    });
+    let mut archive = Vec::new();
+    write_tar(&oci_layout_of(&twice, "r.io/twice:1"), &mut archive).unwrap();
+    let imported = node.images.import_fetched(Cursor::new(archive), None);
+    imported.await.unwrap();
+    // The one's layer is the other's first, and the other's second is made of the same blob.
+    node.pull(&name).await.unwrap();
+    assert!(blob(&node, shared).exists());
+    let used = node.images.use_image("r.io/twice:1").unwrap().unwrap();
+    node.images.unpack(&used).await.unwrap();
+    assert!(!blob(&node, shared).exists());
+}
+
+#[tokio::test]
+async fn what_a_container_is_made_of_is_not_collected() {
+    if not_root("what_a_container_is_made_of_is_not_collected") {
+        return;
+    }
+    let node = Node::with(Options {
+        keep_unreferenced: std::time::Duration::ZERO,
+        ..options()
+    });
+    let made = image("one");
+    let mut archive = Vec::new();
+    write_tar(&oci_layout_of(&made, "r.io/app:1"), &mut archive).unwrap();
+    let imported = node.images.import_fetched(Cursor::new(archive), None);
+    imported.await.unwrap();
+    let used = node.images.use_image("r.io/app:1").unwrap().unwrap();
+    node.remove("r.io/app:1").await;
+    node.images.collect(nothing_in_use()).await.unwrap();
+    node.images.unpack(&used).await.unwrap();
+    assert!(node.layer(&used.layers[1]).join("etc/top").exists());
+    drop(used);
+    node.images.collect(nothing_in_use()).await.unwrap();
+    node.assert_empty();
+}
+
+/// Puts a file where nobody can open it, which is an error of the disk and not of the image, and back.
+fn unreadable(path: &Path, is: bool) {
+    let aside = path.with_extension("aside");
+    if is {
+        std::fs::rename(path, &aside).unwrap();
+        std::os::unix::fs::symlink(path, path).unwrap();
+    } else {
+        std::fs::rename(&aside, path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_cannot_be_read_at_the_start_is_kept() {
+    if not_root("an_image_that_cannot_be_read_at_the_start_is_kept") {
+        return;
+    }
+    let one = image("one");
+    let (node, (registry, name)) = (Node::new(), serve(&one).await);
+    registry.add("other", "1", &image("two"));
+    let other = format!("{}/other:1", registry.host());
+    node.pull(&name).await.unwrap();
+    let before = node.images.list();
+    node.pull(&other).await.unwrap();
+    let manifest = blob(&node, &one.manifest.digest);
+    let node = node.restart_after(|_| unreadable(&manifest, true));
+    assert!(node.images.status(&name).unwrap().is_none());
+    assert!(node.images.status(&other).unwrap().is_some());
+    // Who knows what it needs?
+    node.images.collect(nothing_in_use()).await.unwrap();
+    node.remove(&other).await;
+    assert_eq!(node.names("overlayfs/layers").len(), 3);
+    let audit = node.images.audit(HashMap::new()).await.unwrap();
+    assert!(
+        audit.iter().all(|item| item.fate == Fate::Kept),
+        "{audit:?}"
+    );
+    let node = node.restart();
+    assert!(node.images.list().is_empty());
+    unreadable(&manifest, false);
+    node.images.collect(nothing_in_use()).await.unwrap();
+    assert_eq!(node.images.list(), before);
+    assert_eq!(node.names("overlayfs/layers").len(), 2);
+
+    let node = node.restart_after(|_| unreadable(&manifest, true));
+    assert!(node.images.list().is_empty());
+    unreadable(&manifest, false);
+    let node = node.restart();
+    assert_eq!(node.images.list(), before);
+    node.remove(&name).await;
+    node.images.collect(nothing_in_use()).await.unwrap();
+    assert_eq!(node.names("overlayfs/layers"), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_blob_that_cannot_be_read_is_one_finding_among_others() {
+    if not_root("a_blob_that_cannot_be_read_is_one_finding_among_others") {
+        return;
+    }
+    let made = image("one");
+    let (node, (_registry, name)) = (Node::new(), serve(&made).await);
+    let id = node.pull(&name).await.unwrap();
+    let good = node.images.verify(&id).await.unwrap();
+    unreadable(&blob(&node, &made.layers[0].digest), true);
+    garble(&blob(&node, &made.layers[1].digest));
+    let bad = node.images.verify(&id).await.unwrap();
+    let told: Vec<_> = bad.faults.iter().map(|fault| &fault.what).collect();
+    let blobs = made.layers.iter().map(|layer| layer.digest.clone());
+    let blobs: Vec<_> = blobs.map(Faulty::Blob).collect();
+    assert_eq!(told, blobs.iter().collect::<Vec<_>>());
+    assert!(bad.faults[0].reason.contains("cannot be read"), "{bad:?}");
+    node.images.repair(&bad, nothing_in_use()).await.unwrap();
+    assert_eq!(node.images.verify(&id).await.unwrap(), good);
+}
+
+#[tokio::test]
+async fn a_repair_never_follows_the_tag() {
+    if not_root("a_repair_never_follows_the_tag") {
+        return;
+    }
+    let (one, two) = (image("one"), image("two"));
+    let (node, (registry, name)) = (Node::new(), serve(&one).await);
+    // Once pulled, and once only known by its tag.
+    let mut archive = Vec::new();
+    write_tar(&oci_layout_of(&one, &name), &mut archive).unwrap();
+    let imported = node.images.import(Cursor::new(archive), None);
+    imported.await.unwrap();
+    for pulled in [false, true] {
+        if pulled {
+            registry.add("app", "1", &one);
+            node.pull(&name).await.unwrap();
+        }
+        // The tag has moved on; the old manifest is still served by its digest.
+        registry.add("app", "1", &two);
+        std::fs::write(blob(&node, &one.layers[1].digest), "").unwrap();
+        let bad = node.images.verify(&one.id()).await.unwrap();
+        assert_eq!(bad.faults.len(), 1);
+        let remains = node.images.repair(&bad, nothing_in_use()).await.unwrap();
+        assert_eq!(remains, [""; 0]);
+        assert_eq!(node.images.verify(&one.id()).await.unwrap().faults, []);
+        assert_eq!(node.images.list().len(), 1);
+        assert_eq!(node.images.status(&name).unwrap().unwrap().id, one.id());
+    }
 }
 
 #[tokio::test]

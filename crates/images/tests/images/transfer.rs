@@ -3,6 +3,7 @@
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use gantry_images::Options;
 use gantry_testkit::image::{Compression, Image, ImageBuilder, Layer};
 use gantry_testkit::registry::{Auth, Behaviour, Registry};
@@ -161,7 +162,10 @@ async fn given_up(registry: &Registry, name: &str, options: Options) -> Node {
 /// Waits until a pull that nobody waits for has ended.
 async fn settled(node: &Node) {
     for _ in 0..500 {
-        if node.names("overlayfs/stages").is_empty() && node.names("overlayfs/trash").is_empty() {
+        if node.names("overlayfs/stages").is_empty()
+            && node.names("overlayfs/trash").is_empty()
+            && node.names("content/ingest") == node.parts()
+        {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -226,21 +230,25 @@ async fn a_pull_ends_with_its_last_caller() {
     if not_root("a_pull_ends_with_its_last_caller") {
         return;
     }
-    let (registry, name) = serve(|b| b.trickle = Some((10_000, Duration::from_millis(5)))).await;
+    let (registry, name) = serve(|b| b.trickle = Some((10_000, Duration::from_millis(10)))).await;
     let node = Node::new();
     let stay = Duration::from_millis(600);
-    let (a, b) = tokio::join!(
-        tokio::time::timeout(stay / 4, node.pull(&name)),
-        tokio::time::timeout(stay, async {
-            let joined = node.pull(&name);
-            tokio::pin!(joined);
-            let _ = tokio::time::timeout(stay / 2, &mut joined).await;
-            // The other one has left, and the pull goes on.
-            assert_eq!(node.names("overlayfs/stages").len(), 1);
-            joined.await
-        })
-    );
-    assert!(a.is_err() && b.is_err());
+    let staged = async || {
+        while node.names("overlayfs/stages").is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let (first, ()) = tokio::join!(tokio::time::timeout(stay / 4, node.pull(&name)), async {
+        let joined = node.pull(&name);
+        tokio::pin!(joined);
+        assert!(tokio::time::timeout(stay / 2, &mut joined).await.is_err());
+        // The other one has left, and the pull goes on.
+        tokio::select! {
+            ended = joined => panic!("{ended:?}"),
+            () = staged() => {}
+        }
+    });
+    assert!(first.is_err());
     settled(&node).await;
     assert!(node.images.list().is_empty());
     assert_eq!(registry.count("GET", "/manifests/"), 1);
@@ -294,6 +302,127 @@ async fn a_hung_registry_delays_only_its_own_pulls() {
         start.elapsed()
     );
     settled(&node).await;
+}
+
+#[tokio::test]
+async fn trickling_registries_delay_only_their_own_pulls() {
+    if not_root("trickling_registries_delay_only_their_own_pulls") {
+        return;
+    }
+    let mut few = options();
+    few.parallel_downloads = 2;
+    few.registry.progress_timeout = Duration::from_secs(60);
+    let node = Node::with(few);
+    // Bytes never cease to come, and the layers would take hours.
+    let slow = serve(|b| b.trickle = Some((10, Duration::from_millis(5)))).await;
+    let slower = serve(|b| b.trickle = Some((10, Duration::from_millis(300)))).await;
+    for (registry, _) in [&slow, &slower] {
+        for n in 0..4 {
+            registry.add("a", &format!("v{n}"), &big(SIZE + n));
+        }
+    }
+    let names = [&slow, &slower].map(|(registry, _)| registry.host());
+    let trickling = names
+        .iter()
+        .flat_map(|host| (0..4).map(move |n| format!("{host}/a:v{n}")))
+        .map(|name| {
+            let node = &node;
+            async move { node.pull(&name).await }.boxed()
+        });
+    let (_good, good_name) = serve(|_| ()).await;
+    let start = Instant::now();
+    tokio::select! {
+        (ended, ..) = futures::future::select_all(trickling) => panic!("{ended:?}"),
+        good = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            // The very layer that trickles elsewhere, too.
+            tokio::time::timeout(Duration::from_secs(60), node.pull(&good_name)).await
+        } => {
+            good.unwrap().unwrap();
+        }
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    settled(&node).await;
+    node.assert_tidy();
+}
+
+/// Blobs of which nothing comes, and blobs of which the beginning has come, on a runtime with far
+/// fewer threads than there are blobs.
+#[test]
+fn hung_pulls_hold_no_threads() {
+    if not_root("hung_pulls_hold_no_threads") {
+        return;
+    }
+    for (threads, pulls, after) in [(4, 12, 0), (72, 26, 600_000)] {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(threads)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut patient = options();
+            patient.registry.progress_timeout = Duration::from_secs(60);
+            let node = Node::with(patient);
+            let hung = Registry::start().await.unwrap();
+            let noise = big(after + 6000).layers[0].data.clone();
+            let mut stuck = Vec::new();
+            for n in 0..pulls {
+                let layer = |part: &str| {
+                    let layer = Layer::new().file(&format!("{n}-{part}"), &noise);
+                    (layer, Compression::Plain)
+                };
+                let parts = ["a", "b", "c"].map(layer).into_iter();
+                let made = parts.fold(ImageBuilder::new(), |image, (layer, pack)| {
+                    image.layer(layer, pack)
+                });
+                hung.add("a", &format!("v{n}"), &made.build());
+                stuck.push(format!("{}/a:v{n}", hung.host()));
+            }
+            hung.behave(|b| b.stall_layers = Some(after));
+            let (_good, good_name) = serve(|_| ()).await;
+            let start = Instant::now();
+            let stuck = stuck.iter().map(|name| node.pull(name).boxed());
+            tokio::select! {
+                (ended, ..) = futures::future::select_all(stuck) => panic!("{ended:?}"),
+                () = async {
+                    // All of them are under way.
+                    while hung.count("GET", "/blobs/") < pulls * 4 {
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                    let good = node.pull(&good_name);
+                    let good = tokio::time::timeout(Duration::from_secs(60), good).await;
+                    good.unwrap().unwrap();
+                } => {}
+            }
+            let took = start.elapsed();
+            assert!(took < Duration::from_secs(40), "{threads}: {took:?}");
+            settled(&node).await;
+        });
+        runtime.shutdown_timeout(Duration::from_secs(10));
+    }
+}
+
+#[tokio::test]
+async fn ranges_begin_where_a_restart_finds_them() {
+    if not_root("ranges_begin_where_a_restart_finds_them") {
+        return;
+    }
+    let (registry, name) = serve(|_| ()).await;
+    let mut odd = in_ranges();
+    odd.registry.range_bytes = 200_001;
+    Node::with(odd).pull(&name).await.unwrap();
+    let starts = ranges(&registry);
+    assert!(starts.len() > 10, "{starts:?}");
+    assert!(
+        starts.iter().all(|start| start % (64 << 10) == 0),
+        "{starts:?}"
+    );
 }
 
 #[tokio::test]
