@@ -25,25 +25,27 @@ const DOCUMENTS_MAX: usize = 32;
 
 /// Locks of blobs under way.
 #[derive(Default)]
-pub struct BlobLocks(Mutex<HashMap<(Digest, String), Weak<tokio::sync::Mutex<()>>>>);
+pub struct BlobLocks(Mutex<HashMap<(Digest, String), Weak<BlobLock>>>);
+
+type BlobLock = tokio::sync::Mutex<()>;
 
 impl BlobLocks {
     /// For a look at a blob that is here and for what follows from it. Never held over anything that
     /// a registry may delay.
-    pub fn of(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {
+    pub fn of(&self, digest: &Digest) -> Arc<BlobLock> {
         self.transfer(digest, "")
     }
 
     /// For a blob's transfer, so that two pulls do not fetch it twice from one registry. Taken before
     /// [`BlobLocks::of`]. A registry that sends it slowly, or never, holds up no other's.
-    pub fn transfer(&self, digest: &Digest, registry: &str) -> Arc<tokio::sync::Mutex<()>> {
+    pub fn transfer(&self, digest: &Digest, registry: &str) -> Arc<BlobLock> {
         let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (digest.clone(), registry.to_owned());
         if let Some(lock) = locks.get(&key).and_then(Weak::upgrade) {
             return lock;
         }
         locks.retain(|_, lock| lock.strong_count() > 0);
-        let lock = Arc::new(tokio::sync::Mutex::new(()));
+        let lock = Arc::new(BlobLock::default());
         locks.insert(key, Arc::downgrade(&lock));
         lock
     }
