@@ -45,7 +45,7 @@ async fn verify(
     let mut repaired = Vec::new();
     if repair && !verified.faults.is_empty() {
         let used = supervisor.clone();
-        let in_use = Arc::new(move || used.layers_in_use());
+        let in_use = Arc::new(move |snapshotter: &str| used.layers_in_use(snapshotter));
         let remains = images.repair(&verified, in_use).await?;
         let before = std::mem::take(&mut verified.faults);
         let id = verified.id.clone();
@@ -285,7 +285,7 @@ impl Service for Admin {
         let items = self.images.audit(holders).await.map_err(status)?;
         if !request.into_inner().dry_run {
             let used = self.supervisor.clone();
-            let in_use = Arc::new(move || used.layers_in_use());
+            let in_use = Arc::new(move |snapshotter: &str| used.layers_in_use(snapshotter));
             self.images.collect(in_use).await.map_err(status)?;
         }
         let items = items.into_iter().map(item).collect();
@@ -306,6 +306,7 @@ fn item(item: gantry_images::Item) -> Item {
     };
     Item {
         kind: kind.to_owned(),
+        snapshotter: item.snapshotter.unwrap_or_default().to_owned(),
         digest: item.digest.to_string(),
         bytes: item.bytes,
         fate: fate.to_owned(),

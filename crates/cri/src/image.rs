@@ -29,6 +29,20 @@ impl Images {
         self.supervisor.images()
     }
 
+    /// Who makes roots for this runtime handler, which a pull unpacks the image for (KEP-4216: the
+    /// empty name is the default one, an unknown name is refused).
+    fn snapshotter(&self, handler: &str) -> Result<Option<String>, Status> {
+        match self.supervisor.settings().handler(handler) {
+            Some(found) => Ok(Some(found.snapshotter.clone())),
+            // Of a node without any.
+            None if handler.is_empty() => Ok(None),
+            None => Err(invalid(
+                "image.runtime_handler",
+                format!("no runtime handler {handler:?} is configured"),
+            )),
+        }
+    }
+
     /// All images, or the one that the filter names.
     fn listed(&self, filter: Option<cri::ImageFilter>) -> Result<Vec<cri::Image>, Status> {
         let name = filter
@@ -105,7 +119,10 @@ impl ImageService for Images {
         request: Request<cri::PullImageRequest>,
     ) -> Answer<cri::PullImageResponse> {
         let request = request.into_inner();
+        let image = request.image.as_ref();
+        let handler = image.map(|image| image.runtime_handler.as_str());
         let pull = gantry_images::PullRequest {
+            snapshotter: self.snapshotter(handler.unwrap_or_default())?,
             reference: name(request.image)?,
             credentials: request.auth.map(credentials).unwrap_or_default(),
         };
@@ -120,7 +137,7 @@ impl ImageService for Images {
     ) -> Answer<cri::RemoveImageResponse> {
         let name = name(request.into_inner().image)?;
         let supervisor = self.supervisor.clone();
-        let in_use = Arc::new(move || supervisor.layers_in_use());
+        let in_use = Arc::new(move |snapshotter: &str| supervisor.layers_in_use(snapshotter));
         self.images().remove(&name, in_use).await.map_err(status)?;
         Ok(Response::new(cri::RemoveImageResponse {}))
     }
@@ -131,11 +148,11 @@ impl ImageService for Images {
     ) -> Answer<cri::ImageFsInfoResponse> {
         let images = self.images().fs_info();
         let containers = self.images().container_fs_info().map_err(status)?;
-        // Mostly images and containers share one file system.
-        let containers = containers.unwrap_or_else(|| images.clone());
+        // Mostly images and containers share one file system. The kubelet looks at the first.
+        let containers = containers.map_or_else(|| images.clone(), |own| vec![own]);
         Ok(Response::new(cri::ImageFsInfoResponse {
-            image_filesystems: vec![file_system(images)],
-            container_filesystems: vec![file_system(containers)],
+            image_filesystems: images.into_iter().map(file_system).collect(),
+            container_filesystems: containers.into_iter().map(file_system).collect(),
         }))
     }
 }

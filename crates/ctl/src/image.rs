@@ -1,5 +1,6 @@
 //! `gantryctl image`.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -249,14 +250,21 @@ async fn collect(channel: Channel, dry_run: bool) -> Result<()> {
         .await;
     let items = answer.map_err(status)?.into_inner().items;
     let goes = |item: &&Item| item.fate == "goes";
+    let snapshotters: HashSet<_> = items.iter().map(|item| item.snapshotter.as_str()).collect();
+    // Blobs have none, and one alone goes without saying.
+    let several = snapshotters.iter().filter(|name| !name.is_empty()).count() > 1;
     for item in items.iter().filter(|item| dry_run || goes(item)) {
         let why = match (item.referrers.as_slice(), item.fate.as_str()) {
             ([], "young") => "nothing, but it came lately".to_owned(),
             ([], _) => "nothing".to_owned(),
             (referrers, _) => referrers.join(", "),
         };
+        let of = match several && !item.snapshotter.is_empty() {
+            true => format!(" of {}", item.snapshotter),
+            false => String::new(),
+        };
         println!(
-            "{:<5} {:<5} {:>14} {} <- {why}",
+            "{:<5} {:<5} {:>14} {}{of} <- {why}",
             item.fate, item.kind, item.bytes, item.digest
         );
     }

@@ -180,6 +180,9 @@ pub struct Handler {
     /// Names of pod and container annotations that reach the OCI spec; `*` at the end is a glob.
     #[serde(default)]
     pub annotations: Vec<String>,
+    /// What makes the roots of its containers; absent: [`Images::snapshotter`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshotter: Option<SnapshotterName>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -337,7 +340,37 @@ pub struct Overrides {
     pub cni_bin_dirs: Option<Vec<PathBuf>>,
 }
 
+impl SnapshotterName {
+    /// Every one that there is.
+    pub const ALL: [Self; 2] = [Self::Overlayfs, Self::Native];
+
+    /// As the configuration spells it, and the snapshotter itself.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Overlayfs => "overlayfs",
+            Self::Native => "native",
+        }
+    }
+}
+
+impl Handler {
+    /// What makes the roots of its containers.
+    pub fn snapshotter(&self, images: &Images) -> SnapshotterName {
+        self.snapshotter.unwrap_or(images.snapshotter)
+    }
+}
+
 impl Config {
+    /// The key that names this snapshotter; `None` if none does.
+    pub fn names_snapshotter(&self, name: SnapshotterName) -> Option<String> {
+        if self.images.snapshotter == name {
+            return Some("images.snapshotter".to_owned());
+        }
+        let mut handlers = self.runtime.handlers.iter();
+        let (handler, _) = handlers.find(|(_, handler)| handler.snapshotter == Some(name))?;
+        Some(format!("runtime.handlers.{handler}.snapshotter"))
+    }
+
     /// Reads the file and its drop-ins. `file` that was named must exist; the default one need not.
     pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, Error> {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
@@ -419,6 +452,18 @@ impl Config {
         }
         self.images.check()?;
         self.streaming.check()?;
+        let images = &self.images;
+        let other = SnapshotterName::ALL
+            .into_iter()
+            .filter(|name| *name != images.snapshotter)
+            .find_map(|name| self.names_snapshotter(name));
+        if let Some(other) = other.filter(|_| images.discard_unpacked_layers) {
+            let reason = format!(
+                "{other} unpacks layers when a container needs them, from what would be discarded"
+            );
+            let key = "images.discard_unpacked_layers";
+            return Err(Error::Invalid { key, reason });
+        }
         if !self.runtime.default.is_empty()
             && !self.runtime.handlers.is_empty()
             && !self.runtime.handlers.contains_key(&self.runtime.default)
@@ -718,6 +763,53 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("lvel"), "{error}");
+    }
+
+    #[test]
+    fn a_handler_has_its_own_snapshotter_or_that_of_images() {
+        let handlers = |first: &str, more: &str| {
+            format!(
+                "[images]\nsnapshotter = '{first}'\n{more}\n\
+                 [runtime.handlers.plain]\nbinary = 'runc'\n\
+                 [runtime.handlers.copies]\nbinary = 'runc'\nsnapshotter = 'native'\n"
+            )
+        };
+        let parse = |text: &str| toml::from_str::<Config>(text);
+        for (first, plain) in [
+            ("overlayfs", SnapshotterName::Overlayfs),
+            ("native", SnapshotterName::Native),
+        ] {
+            let config = parse(&handlers(first, "")).unwrap();
+            config.check().unwrap();
+            let of = |name: &str| config.runtime.handlers[name].snapshotter(&config.images);
+            assert_eq!(
+                (of("plain"), of("copies")),
+                (plain, SnapshotterName::Native)
+            );
+            let named = config.names_snapshotter(SnapshotterName::Overlayfs);
+            assert_eq!(named.is_some(), first == "overlayfs");
+        }
+        let config = parse(&handlers("overlayfs", "")).unwrap();
+        assert_eq!(
+            config.names_snapshotter(SnapshotterName::Native).as_deref(),
+            Some("runtime.handlers.copies.snapshotter")
+        );
+        // It would have to unpack what is no longer there.
+        let discard = "discard_unpacked_layers = true";
+        let error = parse(&handlers("overlayfs", discard)).unwrap().check();
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.starts_with("images.discard_unpacked_layers: ")
+                && error.contains("runtime.handlers.copies.snapshotter"),
+            "{error}"
+        );
+        let same = parse(&handlers("native", discard)).unwrap();
+        same.check().unwrap();
+        for bad in ["'zfs'", "''", "true"] {
+            let text = format!("[runtime.handlers.x]\nbinary = 'runc'\nsnapshotter = {bad}\n");
+            let error = parse(&text).unwrap_err().to_string();
+            assert!(error.contains("line 3"), "{bad}: {error}");
+        }
     }
 
     #[test]

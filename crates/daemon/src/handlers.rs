@@ -22,13 +22,18 @@ const PROBE_LIMIT: Duration = Duration::from_secs(10);
 /// theirs.
 pub fn find(
     config: &config::Runtime,
+    images: &config::Images,
     state: &Path,
 ) -> Result<(BTreeMap<String, Handler>, String), config::Error> {
     let mut handlers = BTreeMap::new();
     if config.handlers.is_empty() {
         for name in KNOWN {
             if let Some(binary) = in_path(Path::new(name)) {
-                handlers.insert(name.to_owned(), probe(name, binary, Vec::new(), state));
+                let handler = config::Handler::default();
+                handlers.insert(
+                    name.to_owned(),
+                    probe(name, binary, &handler, images, state),
+                );
             }
         }
     }
@@ -37,7 +42,7 @@ pub fn find(
             key: "runtime.handlers",
             reason: format!("{name}: {} is not an executable", handler.binary.display()),
         })?;
-        let handler = probe(name, binary, handler.annotations.clone(), state);
+        let handler = probe(name, binary, handler, images, state);
         handlers.insert(name.clone(), handler);
     }
     let default = if !config.default.is_empty() {
@@ -61,7 +66,13 @@ pub fn find(
 
 /// Asks a runtime what it is. One that does not answer is kept and reported, so that the node can
 /// say why it is not ready.
-fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) -> Handler {
+fn probe(
+    name: &str,
+    binary: PathBuf,
+    handler: &config::Handler,
+    images: &config::Images,
+    state: &Path,
+) -> Handler {
     let root = state.join("runtime").join(name);
     let runtime = gantry_runtime::Runtime::new(&binary);
     let features = match runtime.version(PROBE_LIMIT) {
@@ -112,7 +123,8 @@ fn probe(name: &str, binary: PathBuf, annotations: Vec<String>, state: &Path) ->
         binary,
         root,
         features,
-        annotations,
+        snapshotter: handler.snapshotter(images).as_str().to_owned(),
+        annotations: handler.annotations.clone(),
     }
 }
 
@@ -147,7 +159,8 @@ mod tests {
     #[test]
     fn a_runtime_that_does_not_answer_is_kept_with_the_reason() {
         let dir = tempfile::tempdir().unwrap();
-        let handler = probe("false", "/bin/false".into(), Vec::new(), dir.path());
+        let (asked, images) = (config::Handler::default(), config::Images::default());
+        let handler = probe("false", "/bin/false".into(), &asked, &images, dir.path());
         assert!(handler.features.unusable.unwrap().contains("/bin/false"));
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod config;
 mod handlers;
+mod image_root;
 mod server;
 mod snapshotter;
 mod socket;

@@ -12,7 +12,7 @@ use gantry_cri_api::v1::image_service_server::ImageServiceServer;
 use gantry_cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use gantry_images::Images;
 use gantry_network_cni::Cni;
-use gantry_ports::{Network, Scopes, Snapshotter};
+use gantry_ports::{Network, Scopes, Snapshotters};
 use gantry_scopes_systemd::{SystemBus, Systemd};
 use gantry_spec::resolved::{CgroupNode, CgroupVersion};
 use gantry_store::Store;
@@ -61,12 +61,12 @@ pub async fn run(config: Config) -> Result<()> {
         let dir = store_dir.clone();
         tokio::task::spawn_blocking(move || Store::open(&dir)).await??
     };
-    let snapshotter = tokio::task::spawn_blocking({
+    let snapshotters = tokio::task::spawn_blocking({
         let config = config.clone();
         move || snapshotter::open(&config)
     })
     .await??;
-    let images = open_images(&config, &opened.store, &snapshotter).await?;
+    let images = open_images(&config, &opened.store, &snapshotters).await?;
     let network: Arc<dyn Network> = Arc::new(Cni::start(network_options(&config))?);
 
     let settings = tokio::task::spawn_blocking({
@@ -80,7 +80,7 @@ pub async fn run(config: Config) -> Result<()> {
         settings,
         Arc::clone(&opened.store),
         images,
-        snapshotter,
+        snapshotters,
         network,
         scopes,
     )?;
@@ -187,17 +187,19 @@ fn private_dir(path: &Path, mode: u32) -> Result<()> {
 async fn open_images(
     config: &Config,
     store: &Arc<Store>,
-    snapshotter: &Arc<dyn Snapshotter>,
+    snapshotters: &Snapshotters,
 ) -> Result<Images> {
     let options = image_options(&config.images);
-    let (root, store, snapshotter) = (
+    let (root, store, snapshotters) = (
         config.image_root().to_owned(),
         Arc::clone(store),
-        Arc::clone(snapshotter),
+        snapshotters.clone(),
     );
     let images = tokio::task::spawn_blocking(move || {
-        snapshotter.clean()?;
-        anyhow::Ok(Images::open(&root, store, snapshotter, options)?)
+        for snapshotter in snapshotters.iter() {
+            snapshotter.clean()?;
+        }
+        anyhow::Ok(Images::open(&root, store, snapshotters, options)?)
     })
     .await?;
     images.context("open image store")
@@ -230,6 +232,7 @@ fn image_options(config: &crate::config::Images) -> gantry_images::Options {
         layers_at_once: config.layers_at_once,
         parallel_downloads: config.parallel_downloads,
         bandwidth: NonZeroU64::new(config.bandwidth_bytes_per_second),
+        discard_unpacked_layers: config.discard_unpacked_layers,
         ..Default::default()
     };
     if config.parallel_unpacks > 0 {
@@ -310,19 +313,17 @@ fn host() -> Result<Host> {
 
 /// Looks at the machine: runtimes, cgroups, the shim. Blocks.
 fn settings(config: &Config) -> Result<Settings> {
-    let (mut handlers, default_handler) = handlers::find(&config.runtime, &config.state)?;
+    let (mut handlers, default_handler) =
+        handlers::find(&config.runtime, &config.images, &config.state)?;
     let cgroups = cgroups(config)?;
     let cgroup_node = cgroup_node(&cgroups);
     let host = host()?;
-    // Copies are given the owners that they need.
-    let idmapped = match config.images.snapshotter {
-        SnapshotterName::Overlayfs => Some(config.image_root()),
-        SnapshotterName::Native => None,
-    };
-    if let Some(reason) = host.no_user_namespaces(idmapped) {
-        tracing::info!(reason, "pods cannot have user namespaces");
-        for handler in handlers.values_mut() {
-            handler.features.no_user_namespaces = Some(reason.clone());
+    for (name, handler) in &mut handlers {
+        // Copies are given the owners that they need.
+        let idmapped = handler.snapshotter == SnapshotterName::Overlayfs.as_str();
+        if let Some(reason) = host.no_user_namespaces(idmapped.then(|| config.image_root())) {
+            tracing::info!(handler = name, reason, "pods cannot have user namespaces");
+            handler.features.no_user_namespaces = Some(reason);
         }
     }
     Ok(Settings {

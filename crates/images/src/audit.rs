@@ -7,10 +7,15 @@ use gantry_types::Digest;
 use crate::Result;
 use crate::service::{Images, Inner, blocking};
 
+/// Who stands on a layer, by the name of its snapshotter and its chain id.
+pub type LayerHolders = HashMap<(String, Digest), Vec<String>>;
+
 /// Something on disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
     pub kind: ItemKind,
+    /// Whose layer it is: one chain may be unpacked for several snapshotters.
+    pub snapshotter: Option<&'static str>,
     pub digest: Digest,
     pub bytes: u64,
     pub fate: Fate,
@@ -39,16 +44,16 @@ pub enum Fate {
 
 impl Images {
     /// Everything on disk with what refers to it, and whether [`Images::collect`] would take it now.
-    /// `containers`: by chain id, those that stand on it.
-    pub async fn audit(&self, containers: HashMap<Digest, Vec<String>>) -> Result<Vec<Item>> {
+    /// `containers`: by snapshotter and chain id, those that stand on it.
+    pub async fn audit(&self, containers: LayerHolders) -> Result<Vec<Item>> {
         let work = self.inner.clone();
         blocking("image audit", move || audit(&work, &containers)).await
     }
 }
 
-fn audit(inner: &Inner, containers: &HashMap<Digest, Vec<String>>) -> Result<Vec<Item>> {
+fn audit(inner: &Inner, containers: &LayerHolders) -> Result<Vec<Item>> {
     let mut blob_referrers: HashMap<Digest, Vec<String>> = HashMap::new();
-    let mut layer_referrers = containers.clone();
+    let mut layer_referrers: HashMap<Digest, Vec<String>> = HashMap::new();
     let (blobs, _) = inner.referenced();
     for image in inner.catalog().images() {
         let names = image.tags.iter().chain(&image.digests);
@@ -85,6 +90,7 @@ fn audit(inner: &Inner, containers: &HashMap<Digest, Vec<String>>) -> Result<Vec
         };
         Item {
             kind,
+            snapshotter: None,
             digest,
             bytes,
             fate,
@@ -103,16 +109,23 @@ fn audit(inner: &Inner, containers: &HashMap<Digest, Vec<String>>) -> Result<Vec
         let size = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
         items.push(item(ItemKind::Part, part, size, None, young));
     }
-    for (chain, usage) in inner.snapshotter.layers()? {
-        let referrers = layer_referrers.get(&chain);
-        items.push(item(
-            ItemKind::Layer,
-            chain.clone(),
-            usage.bytes,
-            referrers,
-            false,
-        ));
+    for snapshotter in inner.snapshotters.iter() {
+        let name = snapshotter.name();
+        for (chain, usage) in snapshotter.layers()? {
+            let key = (name.to_owned(), chain);
+            let images = layer_referrers.get(&key.1).into_iter().flatten();
+            let containers = containers.get(&key).into_iter().flatten();
+            let referrers = images.chain(containers).cloned().collect();
+            let layer = item(ItemKind::Layer, key.1, usage.bytes, Some(&referrers), false);
+            items.push(Item {
+                snapshotter: Some(name),
+                ..layer
+            });
+        }
     }
-    items.sort_by(|a, b| (a.kind, &a.digest).cmp(&(b.kind, &b.digest)));
+    items.sort_by(|a, b| {
+        let key = |item: &Item| (item.kind, item.digest.clone(), item.snapshotter);
+        key(a).cmp(&key(b))
+    });
     Ok(items)
 }

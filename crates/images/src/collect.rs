@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use gantry_ports::Snapshotter;
 use gantry_types::Digest;
 
 use crate::Result;
@@ -16,7 +17,7 @@ impl Inner {
     pub(crate) fn referenced(&self) -> (HashSet<Digest>, HashSet<Digest>) {
         let catalog = self.catalog();
         let discarded = |image: &Image, blob: &Digest| {
-            self.options.discard_unpacked_layers && self.is_unpacked_blob(image, blob)
+            self.options.discard_unpacked_layers && self.is_unpacked_everywhere(image, blob)
         };
         let blobs = catalog
             .images()
@@ -55,7 +56,10 @@ impl Inner {
                 .unless_held(blob, || self.content.remove(blob))
                 .transpose()?;
         }
-        self.collect_layers(&image.layers, in_use)
+        for snapshotter in self.snapshotters.iter() {
+            self.collect_layers(snapshotter, &image.layers, in_use)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn collect_all(&self, in_use: &dyn LayersInUse) -> Result<()> {
@@ -79,13 +83,12 @@ impl Inner {
                     .transpose()?;
             }
         }
-        let layers: Vec<Digest> = self
-            .snapshotter
-            .layers()?
-            .into_iter()
-            .map(|(chain, _)| chain)
-            .collect();
-        self.collect_layers(&layers, in_use)
+        for snapshotter in self.snapshotters.iter() {
+            let layers = snapshotter.layers()?.into_iter();
+            let layers: Vec<Digest> = layers.map(|(chain, _)| chain).collect();
+            self.collect_layers(snapshotter, &layers, in_use)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn is_young(&self, file: &std::fs::Metadata) -> bool {
@@ -96,23 +99,29 @@ impl Inner {
         })
     }
 
-    /// Removes those of `layers` (base to top, so the last first) that nothing stands on.
-    fn collect_layers(&self, layers: &[Digest], in_use: &dyn LayersInUse) -> Result<()> {
+    /// Removes those of `layers` (base to top, so the last first) that nothing of this snapshotter
+    /// stands on.
+    fn collect_layers(
+        &self,
+        snapshotter: &Arc<dyn Snapshotter>,
+        layers: &[Digest],
+        in_use: &dyn LayersInUse,
+    ) -> Result<()> {
         let (_, referenced) = self.referenced();
         // The order closes a gap: a container creation writes its record before it gives up its
         // lease, so that what was leased here, or is recorded after, is seen one way or the other.
         let leased = self.leases.held();
-        let used = in_use.chains();
+        let used = in_use.chains(snapshotter.name());
         for chain in layers.iter().rev() {
             if referenced.contains(chain) || leased.contains(chain) || used.contains(chain) {
                 continue;
             }
             let removed = self
                 .leases
-                .unless_held(chain, || self.snapshotter.remove_layer(chain))
+                .unless_held(chain, || snapshotter.remove_layer(chain))
                 .transpose()?;
             if removed.is_some() {
-                self.usage().remove(chain);
+                self.usage().remove(&(snapshotter.name(), chain.clone()));
             }
         }
         Ok(())
@@ -121,7 +130,10 @@ impl Inner {
     /// Gives back the space of what was removed. Slow, and under no lock of the leases.
     pub(crate) fn purge(&self) -> Result<()> {
         self.content.purge()?;
-        Ok(self.snapshotter.purge()?)
+        for snapshotter in self.snapshotters.iter() {
+            snapshotter.purge()?;
+        }
+        Ok(())
     }
 
     /// Removes these blobs unless an image or other work needs them: a full disk is not the time
@@ -160,8 +172,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = gantry_store::Store::open(&dir.path().join("store")).unwrap();
         let layers = gantry_snapshotter_native::Native::open(dir.path()).unwrap();
+        let layers: Arc<dyn Snapshotter> = Arc::new(layers);
         let options = Options::default();
-        let images = Images::open(dir.path(), store.store, Arc::new(layers), options).unwrap();
+        let images = Images::open(dir.path(), store.store, layers, options).unwrap();
         let inner = &images.inner;
         let digest = inner.content.put(b"hello").unwrap();
         let here = || inner.content.size(&digest).unwrap().is_some();

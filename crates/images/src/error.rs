@@ -94,6 +94,17 @@ pub enum Error {
     )]
     NotKept { image: String, blob: Digest },
 
+    /// It was unpacked for another snapshotter, and what would be unpacked is gone.
+    #[error(
+        "image {image} is not unpacked for {snapshotter}, and its blob {blob} is not kept on this \
+         node: pull the image again"
+    )]
+    NotUnpacked {
+        image: String,
+        snapshotter: &'static str,
+        blob: Digest,
+    },
+
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
 
@@ -175,9 +186,10 @@ impl Kind for Error {
             Error::Image { source, .. } => source.kind(),
             Error::Invalid { .. } | Error::Unsupported { .. } => ErrorKind::InvalidArgument,
             Error::Limit { .. } => ErrorKind::ResourceExhausted,
-            Error::Hosts { .. } | Error::Credentials { .. } | Error::NotKept { .. } => {
-                ErrorKind::FailedPrecondition
-            }
+            Error::Hosts { .. }
+            | Error::Credentials { .. }
+            | Error::NotKept { .. }
+            | Error::NotUnpacked { .. } => ErrorKind::FailedPrecondition,
             Error::Cancelled => ErrorKind::Unavailable,
             Error::Io { source, .. } => match Kind::kind(source) {
                 // A file of ours that is missing is not the caller's "no such image".

@@ -30,8 +30,14 @@ fn inspect(inner: &Inner, image: &Image) -> Result<Value> {
     };
     let mut layers = Vec::new();
     for layer in install::layers_of(inner, &image.manifest.digest)? {
-        let unpacked = inner.snapshotter.has_layer(&layer.chain);
-        let usage = inner.usage().get(&layer.chain).copied();
+        let first = inner.snapshotters.first();
+        let unpacked = first.has_layer(&layer.chain);
+        let usage = inner.usage_of(first, &layer.chain);
+        let snapshotters = inner.snapshotters.iter();
+        let unpacked_for: Vec<_> = snapshotters
+            .filter(|snapshotter| snapshotter.has_layer(&layer.chain))
+            .map(|snapshotter| snapshotter.name())
+            .collect();
         layers.push(json!({
             "digest": layer.blob.digest.as_str(),
             "mediaType": layer.blob.media_type,
@@ -39,6 +45,7 @@ fn inspect(inner: &Inner, image: &Image) -> Result<Value> {
             "kept": inner.content.size(&layer.blob.digest)?.is_some(),
             "chainID": layer.chain.as_str(),
             "unpacked": unpacked,
+            "unpackedFor": unpacked_for,
             "unpackedSize": usage.filter(|_| unpacked).map(|usage| usage.bytes),
         }));
     }

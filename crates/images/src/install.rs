@@ -60,11 +60,12 @@ impl Drop for Staged {
     }
 }
 
-/// Brings configuration and layers of `manifest`, a blob of the content store, to this node.
-/// Without a session only what is here already is used. Returns the lease, which now holds all
-/// parts; blobs that are fetched are added to `fresh`, also on failure.
+/// Brings configuration and layers of `manifest`, a blob of the content store, to this node, the
+/// layers unpacked for `snapshotter`. Without a session only what is here already is used. Returns
+/// the lease, which now holds all parts; blobs that are fetched are added to `fresh`, also on failure.
 pub async fn install(
     inner: &Arc<Inner>,
+    snapshotter: &Arc<dyn Snapshotter>,
     session: Option<Arc<Session>>,
     manifest: &Digest,
     mut lease: Lease,
@@ -93,15 +94,26 @@ pub async fn install(
     // Held before they are looked for: what is found then stays.
     lease.hold(&chains);
     lease.hold(layers.iter().map(|layer| &layer.blob.digest));
-    let work = (inner.snapshotter.clone(), layers.clone());
-    let missing = blocking("layer look-up", move || {
-        Ok(work
-            .1
+    // Of what is unpacked here another snapshotter may have nothing: it will ask for the blob.
+    let others_ask = session.is_some() && inner.snapshotters.are_several();
+    let work = (inner.clone(), snapshotter.clone(), layers.clone());
+    let sorted = blocking("layer look-up", move || {
+        let (inner, snapshotter, layers) = work;
+        let (found, missing): (Vec<_>, Vec<_>) = layers
             .into_iter()
-            .filter(|layer| !work.0.has_layer(&layer.chain))
-            .collect::<Vec<_>>())
+            .partition(|layer| snapshotter.has_layer(&layer.chain));
+        let mut unkept = Vec::new();
+        for layer in found.into_iter().filter(|_| others_ask) {
+            if inner.content.size(&layer.blob.digest)?.is_none() {
+                unkept.push(layer);
+            }
+        }
+        Ok((unkept, missing))
     });
-    let missing = missing.await?;
+    let (unkept, missing) = sorted.await?;
+    for layer in &unkept {
+        fetch(inner, session.as_deref(), &layer.blob, fresh).await?;
+    }
     fresh.extend(missing.iter().map(|layer| layer.blob.digest.clone()));
     let cancel = session
         .as_ref()
@@ -112,11 +124,11 @@ pub async fn install(
         .map(|session| session.progress.clone())
         .unwrap_or_default();
     progress.to_unpack(missing.len());
-    let staged = fetch_and_stage(inner, session, missing, &progress).await?;
-    let (work, chains) = (inner.clone(), chains);
+    let staged = fetch_and_stage(inner, snapshotter, session, missing, &progress).await?;
+    let (work, snapshotter) = (inner.clone(), snapshotter.clone());
     blocking("layer commit", move || {
         cancel.check()?;
-        commit(&work, &chains, staged, &cancel, &progress)
+        commit(&work, &snapshotter, &chains, staged, &cancel, &progress)
     })
     .await?;
     Ok(lease)
@@ -163,16 +175,21 @@ pub fn layers_of(inner: &Inner, manifest: &Digest) -> Result<Vec<Layer>> {
 }
 
 /// Unpacks a layer that is here already once more, complete but for the commit. Blocks.
-pub fn stage_again(inner: &Inner, below: &[Layer], layer: &Layer) -> Result<Staged> {
+pub fn stage_again(
+    inner: &Inner,
+    snapshotter: &Arc<dyn Snapshotter>,
+    below: &[Layer],
+    layer: &Layer,
+) -> Result<Staged> {
     let _turn = inner.budget.turns.take();
-    let staged = stage_here(inner, layer, &Cancel::default())?;
-    if inner.snapshotter.whiteouts() == Whiteouts::Overlay
+    let staged = stage_here(inner, snapshotter, layer, &Cancel::default())?;
+    if snapshotter.whiteouts() == Whiteouts::Overlay
         && let Some(dir) = staged.dir()
     {
         let below: Vec<PathBuf> = below
             .iter()
             .rev()
-            .filter_map(|layer| inner.snapshotter.layer_dir(&layer.chain))
+            .filter_map(|layer| snapshotter.layer_dir(&layer.chain))
             .collect();
         unpack::settle(dir, &staged.unpacked, &below)?;
     }
@@ -313,11 +330,12 @@ pub fn is_local(error: &Error) -> bool {
 /// Fetches a layer and, where layers are staged alone, unpacks it while it comes.
 async fn bring(
     inner: &Arc<Inner>,
+    snapshotter: &Arc<dyn Snapshotter>,
     session: Option<&Session>,
     layer: &Layer,
     cancel: &Cancel,
 ) -> Result<Option<Staged>> {
-    let alone = inner.snapshotter.whiteouts() == Whiteouts::Overlay;
+    let alone = snapshotter.whiteouts() == Whiteouts::Overlay;
     let lock = lock(inner, session, &layer.blob).await?;
     let mut here = is_here(inner, session, &layer.blob).await?;
     if here && session.is_some() {
@@ -325,9 +343,10 @@ async fn bring(
         // fault. Where the unpacking is later, it is looked at before.
         if alone {
             let (work, layer_too, cancel) = (inner.clone(), layer.clone(), cancel.clone());
+            let snapshotter = snapshotter.clone();
             let staged = blocking("layer unpack", move || {
                 let _turn = work.budget.turns.take();
-                stage_here(&work, &layer_too, &cancel).map(Some)
+                stage_here(&work, &snapshotter, &layer_too, &cancel).map(Some)
             });
             match staged.await {
                 Err(error) if is_local(&error) || cancel_is(&error) => return Err(error),
@@ -342,9 +361,10 @@ async fn bring(
     match session {
         Some(session) if !here && alone => {
             let (work, layer_too, cancel) = (inner.clone(), layer.clone(), cancel.clone());
+            let snapshotter = snapshotter.clone();
             let follow = move |partial: &Partial| {
                 let mut follow = Follow::new(partial, &cancel, Some(&work.budget.turns));
-                let staged = stage(&work, &layer_too, &mut follow, &cancel);
+                let staged = stage(&work, &snapshotter, &layer_too, &mut follow, &cancel);
                 follow_up(partial, follow, staged, &cancel)
             };
             session
@@ -362,9 +382,10 @@ async fn bring(
             // Nobody needs to wait for the unpacking.
             drop(lock);
             let (inner, layer, cancel) = (inner.clone(), layer.clone(), cancel.clone());
+            let snapshotter = snapshotter.clone();
             blocking("layer unpack", move || {
                 let _turn = inner.budget.turns.take();
-                stage_here(&inner, &layer, &cancel).map(Some)
+                stage_here(&inner, &snapshotter, &layer, &cancel).map(Some)
             })
             .await
         }
@@ -375,6 +396,7 @@ async fn bring(
 /// Brings all layers, a few at once; those that cannot be staged alone are only fetched.
 async fn fetch_and_stage(
     inner: &Arc<Inner>,
+    snapshotter: &Arc<dyn Snapshotter>,
     session: Option<Arc<Session>>,
     missing: Vec<Layer>,
     progress: &Progress,
@@ -389,11 +411,12 @@ async fn fetch_and_stage(
     let mut tasks = JoinSet::new();
     for (n, layer) in missing.into_iter().enumerate() {
         let (inner, session) = (inner.clone(), session.clone());
+        let snapshotter = snapshotter.clone();
         let (places, cancel) = (places.clone(), cancel.clone());
         tasks.spawn(async move {
             let _place = places.acquire_owned().await;
             let brought = match cancel.check() {
-                Ok(()) => bring(&inner, session.as_deref(), &layer, &cancel).await,
+                Ok(()) => bring(&inner, &snapshotter, session.as_deref(), &layer, &cancel).await,
                 Err(error) => Err(error),
             };
             (n, brought.map(|staged| (layer, staged)))
@@ -439,9 +462,14 @@ async fn fetch_and_stage(
 }
 
 /// Unpacks a layer whose blob is here.
-fn stage_here(inner: &Inner, layer: &Layer, cancel: &Cancel) -> Result<Staged> {
+fn stage_here(
+    inner: &Inner,
+    snapshotter: &Arc<dyn Snapshotter>,
+    layer: &Layer,
+    cancel: &Cancel,
+) -> Result<Staged> {
     let blob = inner.content.open_blob(&layer.blob.digest)?;
-    match stage(inner, layer, blob, cancel) {
+    match stage(inner, snapshotter, layer, blob, cancel) {
         // A read that was ended so says nothing of the blob.
         Err(error) if cancel.is_cancelled() && !is_local(&error) => Err(Error::Cancelled),
         staged => staged,
@@ -449,13 +477,17 @@ fn stage_here(inner: &Inner, layer: &Layer, cancel: &Cancel) -> Result<Staged> {
 }
 
 /// Unpacks one layer into a stage of its own and verifies its diff id.
-fn stage(inner: &Inner, layer: &Layer, blob: impl Read, cancel: &Cancel) -> Result<Staged> {
-    let stage = inner
-        .snapshotter
-        .stage(&layer.chain, layer.parent.as_ref())?;
+fn stage(
+    inner: &Inner,
+    snapshotter: &Arc<dyn Snapshotter>,
+    layer: &Layer,
+    blob: impl Read,
+    cancel: &Cancel,
+) -> Result<Staged> {
+    let stage = snapshotter.stage(&layer.chain, layer.parent.as_ref())?;
     let dir = stage.dir.clone();
     let mut staged = Staged {
-        snapshotter: inner.snapshotter.clone(),
+        snapshotter: snapshotter.clone(),
         stage: Some(stage),
         unpacked: Unpacked::default(),
     };
@@ -471,7 +503,7 @@ fn stage(inner: &Inner, layer: &Layer, blob: impl Read, cancel: &Cancel) -> Resu
     staged.unpacked = unpack::apply(
         &mut stream,
         &dir,
-        inner.snapshotter.whiteouts(),
+        snapshotter.whiteouts(),
         &inner.options.limits,
     )
     .map_err(|error| in_layer(error, &layer.blob.digest))?;
@@ -509,12 +541,12 @@ fn in_layer(error: Error, layer: &Digest) -> Error {
 /// Completes staged layers from base to top and makes them durable and visible.
 fn commit(
     inner: &Inner,
+    snapshotter: &Arc<dyn Snapshotter>,
     chains: &[Digest],
     staged: Vec<(Layer, Option<Staged>)>,
     cancel: &Cancel,
     progress: &Progress,
 ) -> Result<()> {
-    let snapshotter = &inner.snapshotter;
     let mut ready: Vec<(Stage, gantry_ports::snapshotter::Usage)> = Vec::new();
     let mut waiting: Vec<Staged> = Vec::new();
     for (layer, staged) in staged {
@@ -523,11 +555,11 @@ fn commit(
             // The stage starts from its parent, which must be committed by now.
             None => {
                 let _turn = inner.budget.turns.take();
-                let mut staged = stage_here(inner, &layer, cancel)?;
+                let mut staged = stage_here(inner, snapshotter, &layer, cancel)?;
                 let usage = staged.unpacked.usage;
                 if let Some(stage) = staged.stage.take() {
                     let occupied = snapshotter.commit(vec![(stage, usage)])?;
-                    inner.usage().extend(occupied);
+                    inner.count(snapshotter, occupied);
                 }
                 progress.unpacked();
                 continue;
@@ -557,7 +589,7 @@ fn commit(
         ready.extend(staged.stage.take().map(|stage| (stage, usage)));
     }
     let occupied = snapshotter.commit(ready)?;
-    inner.usage().extend(occupied);
+    inner.count(snapshotter, occupied);
     failpoint::at("pull::after-layers")
 }
 

@@ -15,9 +15,10 @@ use crate::service::{Inner, PullRequest};
 use crate::{Error, Result};
 
 type Outcome = std::result::Result<String, Arc<Error>>;
-/// Normalised reference and credentials. Credentials are part of it: whoever cannot pull an image
-/// by himself must not get it by somebody else's.
-type Key = (String, Credentials);
+/// Normalised reference, credentials, and whom it is unpacked for beside the first snapshotter.
+/// Credentials are part of it: whoever cannot pull an image by himself must not get it by somebody
+/// else's.
+type Key = (String, Credentials, Option<&'static str>);
 
 #[derive(Clone)]
 struct Joinable {
@@ -90,7 +91,16 @@ pub async fn pull(
     watch: impl FnOnce(Progress),
 ) -> Result<String> {
     let reference: Reference = request.reference.parse()?;
-    let key = (reference.to_string(), request.credentials);
+    let also = match request.snapshotter.as_deref() {
+        None => None,
+        Some(name) => {
+            let none =
+                || Error::invalid(format_args!("snapshotter {name:?}"), "there is none such");
+            Some(inner.snapshotters.named(name).ok_or_else(none)?.name())
+        }
+    };
+    let also = also.filter(|name| *name != inner.snapshotters.first().name());
+    let key = (reference.to_string(), request.credentials, also);
     let (outcome, _waiter) = {
         let mut state = inner.pulls.lock();
         state.serial += 1;
@@ -143,6 +153,8 @@ async fn run(
         }
     }
     let leave = Leave(inner.clone(), key, serial);
-    let result = pull::pull(&inner, &reference, &leave.1.1, &cancel, &progress).await;
+    let (_, credentials, also) = &leave.1;
+    let watch = (&cancel, &progress);
+    let result = pull::pull(&inner, &reference, credentials, watch, also.as_slice()).await;
     result.map_err(Arc::new)
 }

@@ -38,7 +38,7 @@ mod tar;
 pub mod unpack;
 mod verify;
 
-pub use audit::{Fate, Item, ItemKind};
+pub use audit::{Fate, Item, ItemKind, LayerHolders};
 pub use credentials::Credentials;
 pub use decompress::Expansion;
 pub use document::{ImageConfig, Platform};

@@ -56,8 +56,8 @@ impl BlobLocks {
 pub struct Renew {
     /// Blobs that are to be here afterwards, also where their layer is unpacked.
     pub blobs: Vec<Digest>,
-    /// Unpacked layers that are made anew, by chain id, once their blobs are here.
-    pub chains: Vec<Digest>,
+    /// Unpacked layers that are made anew, by snapshotter and chain id, once their blobs are here.
+    pub chains: Vec<(&'static str, Digest)>,
     /// Who knows, at the moment of removal, which layers containers stand on; without it none does.
     pub in_use: Option<Arc<dyn LayersInUse>>,
 }
@@ -70,32 +70,29 @@ pub async fn renew(
     cancel: &Cancel,
     renew: Renew,
 ) -> Result<String> {
-    pull_image(
-        inner,
-        reference,
-        credentials,
-        (cancel, &Progress::default()),
-        &mut Vec::new(),
-        renew,
-    )
-    .await
-    .map_err(|error| error.of_image(reference))
+    let also: Vec<_> = renew.chains.iter().map(|(name, _)| *name).collect();
+    let watch = (cancel, &Progress::default());
+    let fresh = &mut Vec::new();
+    pull_image(inner, reference, credentials, watch, &also, fresh, renew)
+        .await
+        .map_err(|error| error.of_image(reference))
 }
 
-/// Pulls an image and returns its id. Told to end by `cancel`, it ends in order: what it has
+/// Pulls an image and returns its id. It is unpacked for the first snapshotter and for those that
+/// `also` names. Told to end by `cancel`, it ends in order: what it has
 /// fetched stays for the next try, half-unpacked layers do not.
 pub async fn pull(
     inner: &Arc<Inner>,
     reference: &Reference,
     credentials: &Credentials,
-    cancel: &Cancel,
-    progress: &Progress,
+    watch: (&Cancel, &Progress),
+    also: &[&'static str],
 ) -> Result<String> {
     let mut fresh = Vec::new();
     let mut pull = async || {
         let none = Renew::default();
-        let watch = (cancel, progress);
-        pull_image(inner, reference, credentials, watch, &mut fresh, none).await
+        let fresh = &mut fresh;
+        pull_image(inner, reference, credentials, watch, also, fresh, none).await
     };
     let mut pulled = pull().await;
     if let Err(error @ Error::Gone { .. }) = &pulled {
@@ -121,6 +118,7 @@ async fn pull_image(
     reference: &Reference,
     credentials: &Credentials,
     (cancel, progress): (&Cancel, &Progress),
+    also: &[&'static str],
     fresh: &mut Vec<Digest>,
     renew: Renew,
 ) -> Result<String> {
@@ -151,7 +149,12 @@ async fn pull_image(
     if !renew.blobs.is_empty() || !renew.chains.is_empty() {
         make_anew(inner, &session, &manifest, &mut lease, renew, fresh).await?;
     }
-    let lease = install::install(inner, Some(session), &manifest, lease, fresh).await?;
+    for (n, snapshotter) in inner.snapshotters.iter().enumerate() {
+        if n == 0 || also.contains(&snapshotter.name()) {
+            let session = Some(session.clone());
+            lease = install::install(inner, snapshotter, session, &manifest, lease, fresh).await?;
+        }
+    }
     let tags = reference.tagged().into_iter().collect();
     failpoint::at("pull::before-record")?;
     let image = inner.admit(manifest, tags, vec![named]).await?;
@@ -185,27 +188,32 @@ async fn make_anew(
     for layer in layers {
         // A layer that is not compressed has its blob's digest for its chain id, and what is held
         // is not removed. The blob is the image's own: nobody collects it meanwhile.
-        if !renew.chains.contains(&layer.blob.digest) {
+        let digest = &layer.blob.digest;
+        if !renew.chains.iter().any(|(_, chain)| chain == digest) {
             lease.hold([&layer.blob.digest]);
         }
-        if renew.blobs.contains(&layer.blob.digest) || renew.chains.contains(&layer.chain) {
+        let anew = renew.chains.iter().any(|(_, chain)| *chain == layer.chain);
+        if anew || renew.blobs.contains(&layer.blob.digest) {
             remove_bad(inner, &renew, &layer.blob.digest).await?;
             install::fetch(inner, Some(session), &layer.blob, fresh).await?;
         }
     }
     let work = inner.clone();
     blocking("layer removal", move || {
-        for chain in &renew.chains {
-            let used = renew.in_use.as_ref().map(|in_use| in_use.chains());
+        for (name, chain) in &renew.chains {
+            let Some(snapshotter) = work.snapshotters.named(name) else {
+                continue;
+            };
+            let used = renew.in_use.as_ref().map(|in_use| in_use.chains(name));
             // A container that is being created holds it, and one that was made meanwhile has it.
             let removed = work.leases.unless_held(chain, || {
                 let stays = used.is_some_and(|used| used.contains(chain));
                 (!stays)
-                    .then(|| work.snapshotter.remove_layer(chain))
+                    .then(|| snapshotter.remove_layer(chain))
                     .transpose()
             });
             if let Some(Some(())) = removed.transpose()? {
-                work.usage().remove(chain);
+                work.usage().remove(&(*name, chain.clone()));
             }
         }
         Ok(())

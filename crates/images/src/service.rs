@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use gantry_ports::Snapshotter;
 use gantry_ports::snapshotter::Usage;
+use gantry_ports::{Snapshotter, Snapshotters};
 use gantry_store::Store;
 use gantry_store::record::ImageRecord;
 use gantry_types::{Digest, ErrorKind, Kind};
@@ -74,17 +74,20 @@ pub struct PullRequest {
     /// As the caller wrote it; normalised here.
     pub reference: String,
     pub credentials: Credentials,
+    /// Who unpacks it beside the first snapshotter, by name.
+    pub snapshotter: Option<String>,
 }
 
 /// Tells which layers the snapshots of containers stand on.
 pub trait LayersInUse: Send + Sync {
-    /// Chain ids. Asked after the image that is being removed can no longer be found.
-    fn chains(&self) -> HashSet<Digest>;
+    /// Chain ids, of the snapshotter with this name. Asked after the image that is being removed can
+    /// no longer be found.
+    fn chains(&self, snapshotter: &str) -> HashSet<Digest>;
 }
 
-impl<F: Fn() -> HashSet<Digest> + Send + Sync> LayersInUse for F {
-    fn chains(&self) -> HashSet<Digest> {
-        self()
+impl<F: Fn(&str) -> HashSet<Digest> + Send + Sync> LayersInUse for F {
+    fn chains(&self, snapshotter: &str) -> HashSet<Digest> {
+        self(snapshotter)
     }
 }
 
@@ -124,7 +127,7 @@ pub struct Images {
 pub(crate) struct Inner {
     pub content: Content,
     pub store: Arc<Store>,
-    pub snapshotter: Arc<dyn Snapshotter>,
+    pub snapshotters: Snapshotters,
     pub options: Options,
     pub pinned: GlobSet,
     pub client: registry::Client,
@@ -143,7 +146,7 @@ pub(crate) struct Inner {
     /// and not of the image. They are kept, and tried again; until then nothing is known to be without
     /// an image that needs it.
     unread: Mutex<HashMap<String, ImageRecord>>,
-    usage: Mutex<HashMap<Digest, Usage>>,
+    usage: Mutex<HashMap<(&'static str, Digest), Usage>>,
     /// Where containers write, if that is not the file system of the layers.
     containers: Option<PathBuf>,
 }
@@ -152,13 +155,19 @@ impl Images {
     /// Opens the content store at `<root>/content` and publishes the images of the store's
     /// records and of `index.json` that are complete. Blocks.
     ///
-    /// The caller has called [`Snapshotter::clean`].
+    /// The caller has called [`Snapshotter::clean`] of each.
     pub fn open(
         root: &Path,
         store: Arc<Store>,
-        snapshotter: Arc<dyn Snapshotter>,
+        snapshotters: impl Into<Snapshotters>,
         options: Options,
     ) -> Result<Self> {
+        let snapshotters = snapshotters.into();
+        let mut usage = HashMap::new();
+        for snapshotter in snapshotters.iter() {
+            let layers = snapshotter.layers()?.into_iter();
+            usage.extend(layers.map(|(chain, usage)| ((snapshotter.name(), chain), usage)));
+        }
         let inner = Inner {
             content: Content::open(&root.join("content"))?,
             pinned: globs(&options.pinned)?,
@@ -176,10 +185,10 @@ impl Images {
             changing: tokio::sync::Mutex::default(),
             behind: AtomicBool::new(false),
             unread: Mutex::default(),
-            usage: Mutex::new(snapshotter.layers()?.into_iter().collect()),
-            containers: own_file_system(snapshotter.as_ref())?,
+            usage: Mutex::new(usage),
+            containers: own_file_system(snapshotters.first().as_ref())?,
             store,
-            snapshotter,
+            snapshotters,
             options,
         };
         let (catalog, changed) = inner.recover()?;
@@ -227,7 +236,8 @@ impl Images {
         };
         let [mut layers, mut blobs] = [(); 2].map(|()| self.inner.leases.lease());
         layers.hold(&image.layers);
-        if !self.inner.is_unpacked(&image) {
+        let mut snapshotters = self.inner.snapshotters.iter();
+        if !snapshotters.all(|snapshotter| is_unpacked(snapshotter, &image)) {
             blobs.hold(&image.blobs);
         }
         // Removed between look-up and lease: its layers may be gone.
@@ -241,25 +251,33 @@ impl Images {
         }))
     }
 
-    /// Unpacks those layers of an image that are only fetched; nothing to do for most.
-    pub async fn unpack(&self, image: &ImageInUse) -> Result<()> {
-        if self.inner.is_unpacked(image) {
+    /// Unpacks those layers of an image that `snapshotter`, one of the node's, has not: of an image
+    /// that is only fetched, or was unpacked for another. Nothing to do for most.
+    pub async fn unpack(
+        &self,
+        image: &ImageInUse,
+        snapshotter: &Arc<dyn Snapshotter>,
+    ) -> Result<()> {
+        if is_unpacked(snapshotter, image) {
             return Ok(());
         }
         let mut lease = self.inner.leases.lease();
         lease.hold(&image.blobs);
+        let (work, wanted) = (self.inner.clone(), snapshotter.clone());
+        let all = Arc::clone(image);
+        blocking("blob look-up", move || work.can_unpack(&all, &wanted)).await?;
         let manifest = image.manifest.digest.clone();
         let none = &mut Vec::new();
-        drop(install::install(&self.inner, None, &manifest, lease, none).await?);
+        drop(install::install(&self.inner, snapshotter, None, &manifest, lease, none).await?);
         let unpacked = self.inner.leases.lease();
         *image.sources.lock().unwrap_or_else(PoisonError::into_inner) = unpacked;
         self.inner.discard(image).await;
         Ok(())
     }
 
-    /// Whether all layers of an image are unpacked.
+    /// Whether all layers of an image are unpacked for the first snapshotter.
     pub fn is_unpacked(&self, image: &Image) -> bool {
-        self.inner.is_unpacked(image)
+        is_unpacked(self.inner.snapshotters.first(), image)
     }
 
     /// Gives an image another name, which moves to it from the image that had it. Returns the
@@ -366,20 +384,51 @@ impl Images {
         }))
     }
 
-    /// Space and inodes of all layers and blobs, as counted when they were made. From memory.
-    pub fn fs_info(&self) -> FsInfo {
+    /// Space and inodes of the layers of each snapshotter, as counted when they were made; all blobs
+    /// are counted with the first. From memory.
+    pub fn fs_info(&self) -> Vec<FsInfo> {
         let (blob_bytes, blobs) = self.inner.content.used();
         let usage = self.inner.usage();
-        let layers = usage.values().fold(Usage::default(), |sum, usage| Usage {
-            bytes: sum.bytes.saturating_add(usage.bytes),
-            inodes: sum.inodes.saturating_add(usage.inodes),
-        });
-        FsInfo {
-            mountpoint: self.inner.snapshotter.root().to_owned(),
-            used_bytes: layers.bytes.saturating_add(blob_bytes),
-            inodes_used: layers.inodes.saturating_add(blobs),
-        }
+        let one = |(n, snapshotter): (usize, &Arc<dyn Snapshotter>)| {
+            let blobs = match n {
+                0 => Usage {
+                    bytes: blob_bytes,
+                    inodes: blobs,
+                },
+                _ => Usage::default(),
+            };
+            let own = usage
+                .iter()
+                .filter(|((name, _), _)| *name == snapshotter.name());
+            let sum = own.fold(blobs, |sum, (_, usage)| Usage {
+                bytes: sum.bytes.saturating_add(usage.bytes),
+                inodes: sum.inodes.saturating_add(usage.inodes),
+            });
+            FsInfo {
+                mountpoint: snapshotter.root().to_owned(),
+                used_bytes: sum.bytes,
+                inodes_used: sum.inodes,
+            }
+        };
+        self.inner
+            .snapshotters
+            .iter()
+            .enumerate()
+            .map(one)
+            .collect()
     }
+}
+
+fn is_unpacked(snapshotter: &Arc<dyn Snapshotter>, image: &Image) -> bool {
+    let mut layers = image.layers.iter();
+    layers.all(|chain| snapshotter.has_layer(chain))
+}
+
+/// Whether a blob is a layer that is unpacked. One blob may be several layers.
+fn is_unpacked_blob(snapshotter: &Arc<dyn Snapshotter>, image: &Image, blob: &Digest) -> bool {
+    let blobs = image.layer_blobs().iter().zip(&image.layers);
+    let mut layers = blobs.filter(|(own, _)| *own == blob).peekable();
+    layers.peek().is_some() && layers.all(|(_, chain)| snapshotter.has_layer(chain))
 }
 
 /// Where containers write, if that is not the file system of the layers.
@@ -425,8 +474,21 @@ impl Inner {
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(catalog);
     }
 
-    pub fn usage(&self) -> MutexGuard<'_, HashMap<Digest, Usage>> {
+    /// By snapshotter and chain id.
+    pub fn usage(&self) -> MutexGuard<'_, HashMap<(&'static str, Digest), Usage>> {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn usage_of(&self, snapshotter: &Arc<dyn Snapshotter>, chain: &Digest) -> Option<Usage> {
+        let key = (snapshotter.name(), chain.clone());
+        self.usage().get(&key).copied()
+    }
+
+    /// Notes what committed layers occupy.
+    pub fn count(&self, snapshotter: &Arc<dyn Snapshotter>, layers: Vec<(Digest, Usage)>) {
+        let layers = layers.into_iter();
+        self.usage()
+            .extend(layers.map(|(chain, usage)| ((snapshotter.name(), chain), usage)));
     }
 
     fn is_pinned(&self, image: &Image) -> bool {
@@ -536,11 +598,12 @@ impl Inner {
         Ok(image)
     }
 
-    /// The image of a manifest, if each of its layers is here, unpacked or to be unpacked.
+    /// The image of a manifest, if each of its layers is here: unpacked for the first snapshotter, or
+    /// to be unpacked.
     fn load_complete(&self, manifest: &Digest) -> Result<Image> {
         let image = Image::load(&self.content, manifest)?;
         for (chain, blob) in image.layers.iter().zip(image.layer_blobs()) {
-            if !self.snapshotter.has_layer(chain) && self.content.size(blob)?.is_none() {
+            if !self.snapshotters.first().has_layer(chain) && self.content.size(blob)?.is_none() {
                 return Err(Error::invalid(
                     &image.id,
                     format_args!("layer {chain} is missing"),
@@ -550,27 +613,36 @@ impl Inner {
         Ok(image)
     }
 
-    /// A blob of the image that is not here, and that is not of layers which are unpacked.
+    /// A blob of the image that is not here, and that is not of layers which are unpacked for the
+    /// first snapshotter.
     fn lacks(&self, image: &Image) -> Result<Option<Digest>> {
+        let first = self.snapshotters.first();
         for blob in &image.blobs {
-            if !self.is_unpacked_blob(image, blob) && self.content.size(blob)?.is_none() {
+            if !is_unpacked_blob(first, image, blob) && self.content.size(blob)?.is_none() {
                 return Ok(Some(blob.clone()));
             }
         }
         Ok(None)
     }
 
-    /// Whether a blob is a layer that is unpacked. One blob may be several layers.
-    pub fn is_unpacked_blob(&self, image: &Image, blob: &Digest) -> bool {
-        let blobs = image.layer_blobs().iter().zip(&image.layers);
-        let mut layers = blobs.filter(|(own, _)| *own == blob).peekable();
-        layers.peek().is_some() && layers.all(|(_, chain)| self.snapshotter.has_layer(chain))
+    /// Whether a blob is a layer that no snapshotter has to unpack any more.
+    pub fn is_unpacked_everywhere(&self, image: &Image, blob: &Digest) -> bool {
+        let mut snapshotters = self.snapshotters.iter();
+        snapshotters.all(|snapshotter| is_unpacked_blob(snapshotter, image, blob))
     }
 
-    /// Whether all layers are unpacked.
-    pub fn is_unpacked(&self, image: &Image) -> bool {
-        let mut layers = image.layers.iter();
-        layers.all(|chain| self.snapshotter.has_layer(chain))
+    /// Fails unless the blobs of those layers are here that `snapshotter` has not.
+    fn can_unpack(&self, image: &Image, snapshotter: &Arc<dyn Snapshotter>) -> Result<()> {
+        for (chain, blob) in image.layers.iter().zip(image.layer_blobs()) {
+            if !snapshotter.has_layer(chain) && self.content.size(blob)?.is_none() {
+                return Err(Error::NotUnpacked {
+                    image: image.id.clone(),
+                    snapshotter: snapshotter.name(),
+                    blob: blob.clone(),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn adopt_from_index(&self, catalog: &mut Catalog) -> Result<()> {

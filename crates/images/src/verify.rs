@@ -1,9 +1,10 @@
 //! Looking whether an image is still what it says, and bringing anew what is not.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 
+use gantry_ports::Snapshotter;
 use gantry_ports::snapshotter::Whiteouts;
 use gantry_types::Digest;
 
@@ -44,8 +45,8 @@ pub struct Fault {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Faulty {
     Blob(Digest),
-    /// An unpacked layer, by chain id.
-    Layer(Digest),
+    /// An unpacked layer, by snapshotter and chain id.
+    Layer(&'static str, Digest),
 }
 
 impl Images {
@@ -72,18 +73,28 @@ impl Images {
     ) -> Result<Vec<String>> {
         let mut renew = Renew::default();
         let mut remains = Vec::new();
-        let used: HashSet<Digest> = match self.inner.snapshotter.whiteouts() {
-            // The trees themselves are what containers see.
-            Whiteouts::Overlay => in_use.chains(),
-            Whiteouts::Apply => HashSet::new(),
-        };
+        // The trees themselves are what containers see; of copies they are independent.
+        let seen: Arc<dyn LayersInUse> = Arc::new({
+            let snapshotters = self.inner.snapshotters.clone();
+            move |name: &str| match snapshotters.named(name).map(|named| named.whiteouts()) {
+                Some(Whiteouts::Apply) => HashSet::new(),
+                Some(Whiteouts::Overlay) | None => in_use.chains(name),
+            }
+        });
+        let used: HashMap<&str, HashSet<Digest>> = self
+            .inner
+            .snapshotters
+            .iter()
+            .map(|snapshotter| (snapshotter.name(), seen.chains(snapshotter.name())))
+            .collect();
+        let stands = |name: &str, chain: &Digest| used.get(name).is_some_and(|u| u.contains(chain));
         for fault in &verified.faults {
             match &fault.what {
                 Faulty::Blob(digest) => renew.blobs.push(digest.clone()),
-                Faulty::Layer(chain) if used.contains(chain) => remains.push(format!(
+                Faulty::Layer(name, chain) if stands(name, chain) => remains.push(format!(
                     "layer {chain} stays as it is while containers stand on it"
                 )),
-                Faulty::Layer(chain) => renew.chains.push(chain.clone()),
+                Faulty::Layer(name, chain) => renew.chains.push((name, chain.clone())),
             }
         }
         if renew.blobs.is_empty() && renew.chains.is_empty() {
@@ -101,9 +112,7 @@ impl Images {
             Some(_) => named,
             None => named.with_digest(&verified.manifest).parse()?,
         };
-        if self.inner.snapshotter.whiteouts() == Whiteouts::Overlay {
-            renew.in_use = Some(in_use);
-        }
+        renew.in_use = Some(seen);
         let (credentials, cancel) = (Credentials::default(), Cancel::default());
         let renewed =
             crate::pull::renew(&self.inner, &reference, &credentials, &cancel, renew).await;
@@ -188,13 +197,21 @@ fn verify(inner: &Inner, image: &Image) -> Result<Verified> {
     }
     let layers = install::layers_of(inner, &image.manifest.digest)?;
     for (n, layer) in layers.iter().enumerate() {
-        if !inner.snapshotter.has_layer(&layer.chain) {
+        let mut unpacked = false;
+        for snapshotter in inner.snapshotters.iter() {
+            if !snapshotter.has_layer(&layer.chain) {
+                continue;
+            }
+            unpacked = true;
+            if !bad.contains(&layer.blob.digest) {
+                tree(inner, snapshotter, &layers[..n], layer, &mut verified)?;
+            }
+        }
+        if !unpacked {
             verified.notes.push(format!(
                 "layer {} is not unpacked: it will be when a container needs it",
                 layer.chain
             ));
-        } else if !bad.contains(&layer.blob.digest) {
-            tree(inner, &layers[..n], layer, &mut verified)?;
         }
     }
     Ok(verified)
@@ -202,7 +219,7 @@ fn verify(inner: &Inner, image: &Image) -> Result<Verified> {
 
 fn missing_layer(inner: &Inner, image: &Image, blob: &Digest) -> bool {
     let mut pairs = image.layer_blobs().iter().zip(&image.layers);
-    pairs.any(|(own, chain)| own == blob && !inner.snapshotter.has_layer(chain))
+    pairs.any(|(own, chain)| own == blob && !inner.snapshotters.first().has_layer(chain))
 }
 
 /// Size of a blob and whether its digest is right; `None` if it is not here.
@@ -232,11 +249,16 @@ pub fn is_sound(inner: &Inner, digest: &Digest) -> Result<bool> {
 }
 
 /// Unpacks a layer and compares.
-fn tree(inner: &Inner, below: &[Layer], layer: &Layer, verified: &mut Verified) -> Result<()> {
-    let differences = match install::stage_again(inner, below, layer) {
+fn tree(
+    inner: &Inner,
+    snapshotter: &Arc<dyn Snapshotter>,
+    below: &[Layer],
+    layer: &Layer,
+    verified: &mut Verified,
+) -> Result<()> {
+    let differences = match install::stage_again(inner, snapshotter, below, layer) {
         Ok(staged) => {
-            let (Some(wanted), Some(found)) =
-                (staged.dir(), inner.snapshotter.layer_dir(&layer.chain))
+            let (Some(wanted), Some(found)) = (staged.dir(), snapshotter.layer_dir(&layer.chain))
             else {
                 return Ok(());
             };
@@ -250,10 +272,15 @@ fn tree(inner: &Inner, below: &[Layer], layer: &Layer, verified: &mut Verified) 
         Err(error) => vec![error.to_string()],
     };
     verified.layers += 1;
+    // Most nodes have one, which goes without saying.
+    let of = match inner.snapshotters.are_several() {
+        true => format!(" of {}", snapshotter.name()),
+        false => String::new(),
+    };
     for difference in differences {
         verified.faults.push(Fault {
-            what: Faulty::Layer(layer.chain.clone()),
-            reason: format!("layer {}: {difference}", layer.chain),
+            what: Faulty::Layer(snapshotter.name(), layer.chain.clone()),
+            reason: format!("layer {}{of}: {difference}", layer.chain),
         });
     }
     Ok(())

@@ -10,4 +10,4 @@ pub mod testsuite;
 pub use error::Error;
 pub use network::Network;
 pub use scopes::Scopes;
-pub use snapshotter::Snapshotter;
+pub use snapshotter::{Snapshotter, Snapshotters};

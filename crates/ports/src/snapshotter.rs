@@ -5,6 +5,7 @@
 //! snapshots are directories named by container id.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use gantry_types::{ContainerId, Digest};
 
@@ -156,4 +157,48 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// call, when nothing of this process is under way. What it occupied comes back with
     /// [`Snapshotter::purge`]: the daemon does not wait for that.
     fn clean(&self) -> Result<(), Error>;
+}
+
+/// The snapshotters of a node: the one of handlers that name none, and those that handlers choose
+/// beside it. Cheap to clone.
+#[derive(Clone)]
+pub struct Snapshotters {
+    first: Arc<dyn Snapshotter>,
+    others: Arc<[Arc<dyn Snapshotter>]>,
+}
+
+impl Snapshotters {
+    /// `others` must not name `first`, nor each other, again.
+    pub fn new(first: Arc<dyn Snapshotter>, others: Vec<Arc<dyn Snapshotter>>) -> Self {
+        Self {
+            first,
+            others: others.into(),
+        }
+    }
+
+    /// The one that images are unpacked for at once.
+    pub fn first(&self) -> &Arc<dyn Snapshotter> {
+        &self.first
+    }
+
+    /// All of them, [`Snapshotters::first`] first.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Snapshotter>> {
+        std::iter::once(&self.first).chain(self.others.iter())
+    }
+
+    /// By [`Snapshotter::name`].
+    pub fn named(&self, name: &str) -> Option<&Arc<dyn Snapshotter>> {
+        self.iter().find(|snapshotter| snapshotter.name() == name)
+    }
+
+    /// Whether there are others than the first.
+    pub fn are_several(&self) -> bool {
+        !self.others.is_empty()
+    }
+}
+
+impl From<Arc<dyn Snapshotter>> for Snapshotters {
+    fn from(only: Arc<dyn Snapshotter>) -> Self {
+        Self::new(only, Vec::new())
+    }
 }

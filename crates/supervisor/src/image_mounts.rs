@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::mountinfo::{self, MountInfo};
 use crate::pod::blocking;
-use crate::rundir::write_file;
+use crate::rundir::{RunDirs, write_file};
 use crate::{Context, Error, failpoint};
 
 const MOUNT: &str = "mount image";
@@ -28,6 +28,8 @@ pub struct ImageMount {
     /// Where, with its links resolved.
     pub target: PathBuf,
     pub image_id: String,
+    /// Who made the view, by name.
+    pub snapshotter: String,
     /// Chain ids from base to top.
     pub layers: Vec<Digest>,
 }
@@ -110,9 +112,20 @@ impl ImageMounts {
     }
 }
 
+/// The images that are mounted by daemons over this state directory, for one that is yet to start.
+///
+/// # Errors
+/// What was written down cannot be read.
+pub fn mounted_images(state: &Path) -> Result<Vec<ImageMount>, Error> {
+    let mounts = ImageMounts::default();
+    mounts.load(&RunDirs::new(state, Path::new("")).image_mounts())?;
+    Ok(mounts.all())
+}
+
 fn print(mount: &ImageMount) -> Value {
     let layers: Vec<&str> = mount.layers.iter().map(Digest::as_str).collect();
-    json!({ "target": mount.target, "imageID": mount.image_id, "layers": layers })
+    json!({ "target": mount.target, "imageID": mount.image_id,
+        "snapshotter": mount.snapshotter, "layers": layers })
 }
 
 fn parse(value: &Value) -> Option<ImageMount> {
@@ -120,6 +133,7 @@ fn parse(value: &Value) -> Option<ImageMount> {
     Some(ImageMount {
         target: value["target"].as_str()?.into(),
         image_id: value["imageID"].as_str()?.to_owned(),
+        snapshotter: value["snapshotter"].as_str()?.to_owned(),
         layers: layers
             .map(|layer| layer.as_str()?.parse().ok())
             .collect::<Option<_>>()?,
@@ -152,7 +166,9 @@ pub(crate) async fn mount(
         what: "image",
         id: image.to_owned(),
     })?;
-    ctx.images.unpack(&held).await.map_err(Error::step(MOUNT))?;
+    let snapshotter = Arc::clone(ctx.snapshotters.first());
+    let unpacked = ctx.images.unpack(&held, &snapshotter).await;
+    unpacked.map_err(Error::step(MOUNT))?;
     let (ctx, target) = (Arc::clone(ctx), target.to_owned());
     // Not to be torn apart when the caller goes away.
     blocking(move || {
@@ -160,6 +176,7 @@ pub(crate) async fn mount(
         let mount = ImageMount {
             target: target.clone(),
             image_id: held.id.clone(),
+            snapshotter: snapshotter.name().to_owned(),
             layers: held.layers.clone(),
         };
         let file = ctx.records.dirs.image_mounts();
@@ -183,14 +200,14 @@ pub(crate) async fn mount(
             .keep(&file, &mounts)
             .and_then(|()| failpoint::at("image-mount::written"))
             .and_then(|()| {
-                ctx.snapshotter
+                snapshotter
                     .view(&mount.layers, &target, Owner::default())
                     .map_err(Error::step(MOUNT))
             });
         ctx.image_mounts.set_busy(&target, false);
         if let Err(error) = mounted {
             // Also what is half there. Its file names it until the next change: nothing is mounted.
-            let undone = ctx.snapshotter.unmount(&target);
+            let undone = snapshotter.unmount(&target);
             undone.map_err(Error::step(MOUNT))?;
             let mut entries = ctx.image_mounts.lock();
             entries.retain(|entry| entry.mount.target != target);
@@ -247,7 +264,9 @@ pub(crate) async fn unmount(ctx: &Arc<Context>, target: &Path) -> Result<(), Err
             entry.busy = true;
             entry.mount.clone()
         };
-        let unmounted = ctx.snapshotter.unmount(&target);
+        let mut snapshotters = ctx.snapshotters.iter();
+        // Not that of one which is no longer configured: a mount is anybody's to take away.
+        let unmounted = snapshotters.try_for_each(|all| all.unmount(&target));
         ctx.image_mounts.set_busy(&target, false);
         unmounted.map_err(Error::step(UNMOUNT))?;
         let mounts = mountinfo::read()?;
@@ -273,6 +292,7 @@ mod tests {
         let mount = |target: &str| ImageMount {
             target: target.into(),
             image_id: "sha256:x".to_owned(),
+            snapshotter: "native".to_owned(),
             layers: vec![Digest::sha256([1; 32]), Digest::sha256([2; 32])],
         };
         let mounts = ImageMounts::default();

@@ -21,15 +21,15 @@ mod settings;
 mod shim;
 mod undo;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gantry_cri_api::v1 as cri;
-use gantry_images::Images;
-use gantry_ports::{Network, Scopes, Snapshotter};
+use gantry_images::{Images, LayerHolders};
+use gantry_ports::{Network, Scopes, Snapshotter, Snapshotters};
 use gantry_store::{Store, record};
 use gantry_types::{Digest, PodId, PodState};
 use prost::Message;
@@ -45,7 +45,7 @@ pub use container::{
 pub use error::Error;
 pub use forward::Forward;
 pub use host::Host;
-pub use image_mounts::ImageMount;
+pub use image_mounts::{ImageMount, mounted_images};
 pub use recover::Summary;
 pub use settings::{Handler, HandlerFeatures, Settings, Timeouts};
 
@@ -61,7 +61,7 @@ pub(crate) struct Context {
     pub settings: Settings,
     pub records: Records,
     pub images: Images,
-    pub snapshotter: Arc<dyn Snapshotter>,
+    pub snapshotters: Snapshotters,
     pub network: Arc<dyn Network>,
     /// Present under the systemd driver.
     pub scopes: Option<Arc<dyn Scopes>>,
@@ -95,24 +95,53 @@ impl Context {
             .any(|dir| path.starts_with(dir))
     }
 
-    /// Layers that containers and mounted images stand on, whatever became of their image. A record
-    /// that cannot be read may name any of them, so then it is all.
-    fn layers_in_use(&self) -> HashSet<Digest> {
+    /// The snapshotter of containers of a pod with this runtime handler.
+    fn snapshotter_of(&self, handler: &str) -> &Arc<dyn Snapshotter> {
+        self.settings
+            .handler(handler)
+            .and_then(|handler| self.snapshotters.named(&handler.snapshotter))
+            .unwrap_or(self.snapshotters.first())
+    }
+
+    /// The one that makes this container's root. An older record names none: of its time there was
+    /// one.
+    fn snapshotter(
+        &self,
+        container: &record::ContainerConfig,
+    ) -> Result<&Arc<dyn Snapshotter>, Error> {
+        if container.snapshotter.is_empty() {
+            return Ok(self.snapshotters.first());
+        }
+        let named = self.snapshotters.named(&container.snapshotter);
+        named.ok_or_else(|| Error::State {
+            what: "container",
+            id: container.id.clone(),
+            reason: format!(
+                "its snapshotter {} is not configured",
+                container.snapshotter
+            ),
+        })
+    }
+
+    /// Layers of this snapshotter that containers and mounted images stand on, whatever became of
+    /// their image. A record that cannot be read may name any of them, so then it is all.
+    fn layers_in_use(&self, snapshotter: &str) -> HashSet<Digest> {
         if self.unreadable.load(Ordering::Acquire) {
-            let layers = self.snapshotter.layers().unwrap_or_default();
-            return layers.into_iter().map(|(chain, _)| chain).collect();
+            let named = self.snapshotters.named(snapshotter);
+            let layers = named.and_then(|named| named.layers().ok());
+            let layers = layers.unwrap_or_default().into_iter();
+            return layers.map(|(chain, _)| chain).collect();
         }
         let pods = self.registry.pods();
         let containers = pods.iter().flat_map(|pod| &pod.containers);
-        let layers = containers.flat_map(|container| {
-            let record = &container.facts.record;
-            let mounted = record.image_mounts.iter().flat_map(|image| &image.layers);
-            record.layers.iter().chain(mounted)
-        });
-        let layers = layers.filter_map(|layer| layer.parse().ok());
-        let mounted = self.image_mounts.all();
-        let mounted = mounted.into_iter().flat_map(|mount| mount.layers);
-        layers.chain(mounted).collect()
+        let layers = containers
+            .filter(|container| stands_on(&container.facts.record, snapshotter))
+            .flat_map(|container| chains(&container.facts.record));
+        let mounted = self.image_mounts.all().into_iter();
+        let mounted = mounted.filter(|mount| mount.snapshotter == snapshotter);
+        layers
+            .chain(mounted.flat_map(|mount| mount.layers))
+            .collect()
     }
 
     /// A container has gone: when an image of its was removed before it, the layers go now.
@@ -128,11 +157,25 @@ impl Context {
 
     async fn collect_layers(self: &Arc<Self>) {
         let ctx = Arc::clone(self);
-        let in_use = Arc::new(move || ctx.layers_in_use());
+        let in_use = Arc::new(move |snapshotter: &str| ctx.layers_in_use(snapshotter));
         if let Err(error) = self.images.collect(in_use).await {
             tracing::error!(%error, "layers that nothing refers to are not collected");
         }
     }
+}
+
+/// Whether a container's root may be of this snapshotter. An older record does not say of which it
+/// is: its layers stay in all of them.
+fn stands_on(container: &record::ContainerConfig, snapshotter: &str) -> bool {
+    container.snapshotter.is_empty() || container.snapshotter == snapshotter
+}
+
+/// The layers of a container's root and of the images that are mounted into it.
+fn chains(container: &record::ContainerConfig) -> HashSet<Digest> {
+    let mounted = container.image_mounts.iter();
+    let mounted = mounted.flat_map(|image| &image.layers);
+    let layers = container.layers.iter().chain(mounted);
+    layers.filter_map(|layer| layer.parse().ok()).collect()
 }
 
 /// All pods of the node.
@@ -157,7 +200,7 @@ impl Supervisor {
         settings: Settings,
         store: Arc<Store>,
         images: Images,
-        snapshotter: Arc<dyn Snapshotter>,
+        snapshotters: Snapshotters,
         network: Arc<dyn Network>,
         scopes: Option<Arc<dyn Scopes>>,
     ) -> Result<Self, Error> {
@@ -171,7 +214,7 @@ impl Supervisor {
             settings,
             records,
             images,
-            snapshotter,
+            snapshotters,
             network,
             scopes,
             registry,
@@ -204,9 +247,15 @@ impl Supervisor {
         &self.ctx.registry
     }
 
-    /// Layers that containers and mounted images stand on, whatever became of their image.
-    pub fn layers_in_use(&self) -> HashSet<Digest> {
-        self.ctx.layers_in_use()
+    /// The node's snapshotters.
+    pub fn snapshotters(&self) -> &Snapshotters {
+        &self.ctx.snapshotters
+    }
+
+    /// Layers of this snapshotter that containers and mounted images stand on, whatever
+    /// became of their image.
+    pub fn layers_in_use(&self, snapshotter: &str) -> HashSet<Digest> {
+        self.ctx.layers_in_use(snapshotter)
     }
 
     /// Mounts an image at `target`, an existing directory on which nothing is mounted, for all to
@@ -237,35 +286,36 @@ impl Supervisor {
             .collect()
     }
 
-    /// By chain id: the containers and mounts that stand on it, or why it counts as used by
-    /// somebody.
-    pub fn layer_holders(&self) -> HashMap<Digest, Vec<String>> {
-        let mut holders: HashMap<Digest, Vec<String>> = HashMap::new();
-        if self.ctx.unreadable.load(Ordering::Acquire) {
-            for chain in self.ctx.layers_in_use() {
-                let unknown = "a record that cannot be read".to_owned();
-                holders.entry(chain).or_default().push(unknown);
-            }
-        }
+    /// The containers and mounts that stand on a layer, or why it counts as used by somebody.
+    pub fn layer_holders(&self) -> LayerHolders {
+        let mut holders = LayerHolders::new();
         let pods = self.ctx.registry.pods();
-        for container in pods.iter().flat_map(|pod| &pod.containers) {
-            let record = &container.facts.record;
-            let mounted = record.image_mounts.iter().flat_map(|image| &image.layers);
-            let chains: HashSet<Digest> = record
-                .layers
-                .iter()
-                .chain(mounted)
-                .filter_map(|layer| layer.parse().ok())
-                .collect();
-            for chain in chains {
-                let holder = format!("container {}", container.facts.id);
-                holders.entry(chain).or_default().push(holder);
+        for snapshotter in self.ctx.snapshotters.iter() {
+            let name = snapshotter.name();
+            if self.ctx.unreadable.load(Ordering::Acquire) {
+                for chain in self.ctx.layers_in_use(name) {
+                    let unknown = "a record that cannot be read".to_owned();
+                    let key = (name.to_owned(), chain);
+                    holders.entry(key).or_default().push(unknown);
+                }
+            }
+            for container in pods.iter().flat_map(|pod| &pod.containers) {
+                let facts = &container.facts;
+                if !stands_on(&facts.record, name) {
+                    continue;
+                }
+                for chain in chains(&facts.record) {
+                    let key = (name.to_owned(), chain);
+                    let holder = format!("container {}", facts.id);
+                    holders.entry(key).or_default().push(holder);
+                }
             }
         }
         for mount in self.ctx.image_mounts.all() {
             let holder = format!("mount {}", mount.target.display());
             for chain in mount.layers {
-                holders.entry(chain).or_default().push(holder.clone());
+                let key = (mount.snapshotter.clone(), chain);
+                holders.entry(key).or_default().push(holder.clone());
             }
         }
         holders
@@ -712,4 +762,42 @@ fn hash(parts: &[&[u8]]) -> [u8; 32] {
         hasher.update(part);
     }
     hasher.finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(n: u8) -> String {
+        Digest::sha256([n; 32]).to_string()
+    }
+
+    #[test]
+    fn a_container_stands_on_the_layers_of_its_own_snapshotter() {
+        let container = record::ContainerConfig {
+            layers: vec![digest(1)],
+            image_mounts: vec![record::ImageMount {
+                layers: vec![digest(2), "not a digest".to_owned()],
+                ..Default::default()
+            }],
+            snapshotter: "native".to_owned(),
+            ..Default::default()
+        };
+        assert!(stands_on(&container, "native") && !stands_on(&container, "overlayfs"));
+        let expected = [digest(1), digest(2)].map(|layer| layer.parse().unwrap());
+        assert_eq!(chains(&container), HashSet::from(expected));
+    }
+
+    /// A record of before there was a choice: id, pod id and one layer, encoded then.
+    #[test]
+    fn a_record_without_a_snapshotter_keeps_its_layers_in_all_of_them() {
+        let mut old = b"\x0a\x02c1\x12\x02p1\x42\x47".to_vec();
+        old.extend(digest(1).as_bytes());
+        let container = record::ContainerConfig::decode(old.as_slice()).unwrap();
+        assert_eq!(
+            (container.id.as_str(), &container.layers),
+            ("c1", &vec![digest(1)])
+        );
+        assert!(stands_on(&container, "native") && stands_on(&container, "overlayfs"));
+    }
 }

@@ -668,17 +668,16 @@ fn remove_orphans(ctx: &Context) -> usize {
             note("container directory", id.as_str(), outcome);
         }
     }
-    match ctx.snapshotter.snapshots() {
-        Ok(snapshots) => {
-            for id in snapshots.iter().filter(|id| !known_container(id)) {
-                let outcome = ctx
-                    .snapshotter
-                    .remove(id)
-                    .map_err(|error| error.to_string());
-                note("snapshot", id.as_str(), outcome);
+    for snapshotter in ctx.snapshotters.iter() {
+        match snapshotter.snapshots() {
+            Ok(snapshots) => {
+                for id in snapshots.iter().filter(|id| !known_container(id)) {
+                    let outcome = snapshotter.remove(id).map_err(|error| error.to_string());
+                    note("snapshot", id.as_str(), outcome);
+                }
             }
+            Err(error) => tracing::error!(%error, "snapshots cannot be listed"),
         }
-        Err(error) => tracing::error!(%error, "snapshots cannot be listed"),
     }
     let pods = names(&dirs.pods()).unwrap_or_default();
     let pods = pods.iter().filter_map(|name| name.parse::<PodId>().ok());

@@ -15,6 +15,8 @@ pub struct Handler {
     /// `--root` of the runtime.
     pub root: PathBuf,
     pub features: HandlerFeatures,
+    /// Name of the snapshotter that makes its containers' roots; one of the node's.
+    pub snapshotter: String,
     /// Names of annotations that reach the OCI spec; a trailing `*` stands for any ending.
     pub annotations: Vec<String>,
 }

@@ -128,6 +128,7 @@ impl Runtime {
         json!({
             "sandboxID": view.facts.pod.as_str(),
             "pid": pid,
+            "snapshotter": view.facts.record.snapshotter,
             "config": crate::json::of("ContainerConfig", &view.facts.config),
             "runtimeSpec": spec.unwrap_or_default(),
         })

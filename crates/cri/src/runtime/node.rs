@@ -86,6 +86,7 @@ impl Runtime {
                     let facts = json!({
                         "path": handler.binary,
                         "version": handler.features.version,
+                        "snapshotter": handler.snapshotter,
                         "unusable": handler.features.unusable,
                         "knownHoles": handler.features.known_holes,
                         "noUserNamespaces": handler.features.no_user_namespaces,

@@ -141,8 +141,8 @@ async fn adopt(inner: &Arc<Inner>, found: Vec<Found>, unpack: bool) -> Result<Ve
         let mut lease = inner.leases.lease();
         lease.hold([&image.manifest]);
         if unpack {
-            let none = &mut Vec::new();
-            lease = install::install(inner, None, &image.manifest, lease, none).await?;
+            let (first, none) = (inner.snapshotters.first(), &mut Vec::new());
+            lease = install::install(inner, first, None, &image.manifest, lease, none).await?;
         }
         let tags: Vec<String> = image.names.iter().filter_map(Reference::tagged).collect();
         let by_digest = |name: &Reference| match (name.digest(), &image.top) {

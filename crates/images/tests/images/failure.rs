@@ -570,7 +570,7 @@ async fn an_image_that_lost_a_layer_is_not_listed_and_heals_by_a_pull() {
     });
     // It can be unpacked again.
     let found = node.images.use_image(&a).unwrap().unwrap();
-    node.images.unpack(&found).await.unwrap();
+    node.images.unpack(&found, &node.snapshotter).await.unwrap();
     drop(found);
     assert!(node.layer(&lost).join("etc/top").exists());
     let node = node.restart_after(|root| {

@@ -42,6 +42,7 @@ async fn pull(
         .pull(PullRequest {
             reference,
             credentials,
+            snapshotter: None,
         })
         .await
 }
@@ -217,6 +218,7 @@ async fn urls_of_foreign_layers_are_not_asked() {
         .pull(PullRequest {
             reference,
             credentials,
+            snapshotter: None,
         })
         .await
         .unwrap();
@@ -397,6 +399,7 @@ async fn a_mirror_is_asked_first_and_told_for_whom() {
     let request = PullRequest {
         reference: "a:v1".into(),
         credentials,
+        snapshotter: None,
     };
     assert_eq!(node.images.pull(request).await.unwrap(), made.id());
     let image = node.images.status("a:v1").unwrap().unwrap();
@@ -443,6 +446,7 @@ async fn the_configured_server_gets_the_credentials_of_the_registry() {
         node.images.pull(PullRequest {
             reference: "r.example/a:v1".into(),
             credentials,
+            snapshotter: None,
         })
     };
     assert!(pull("other.example").await.is_err());
@@ -732,6 +736,7 @@ async fn a_real_registry_with_tls_and_passwords() {
         node.images.pull(PullRequest {
             reference: format!("{}/{name}", registry.host()),
             credentials,
+            snapshotter: None,
         })
     };
     for password in ["", "wrong"] {

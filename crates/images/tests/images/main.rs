@@ -6,5 +6,6 @@ mod hosts;
 mod native;
 mod node;
 mod pull;
+mod snapshotters;
 mod store;
 mod transfer;

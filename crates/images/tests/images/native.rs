@@ -79,7 +79,7 @@ async fn a_layer_has_its_parents_tree_with_deletions_applied() {
     assert_eq!(std::fs::read(tree(2).join("twice")).unwrap(), b"two");
 
     // What is told is what the copies occupy, also after a start.
-    let occupied = |images: &Images| images.fs_info().inodes_used;
+    let occupied = |images: &Images| images.fs_info()[0].inodes_used;
     let layers: u64 = snapshotter
         .layers()
         .unwrap()

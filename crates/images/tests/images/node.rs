@@ -144,8 +144,8 @@ impl Node {
         assert!(self.images.list().is_empty());
         assert_eq!(self.names("content/blobs/sha256"), [""; 0]);
         assert_eq!(self.names("overlayfs/layers"), [""; 0]);
-        assert_eq!(self.images.fs_info().used_bytes, 0);
-        assert_eq!(self.images.fs_info().inodes_used, 0);
+        assert_eq!(self.images.fs_info()[0].used_bytes, 0);
+        assert_eq!(self.images.fs_info()[0].inodes_used, 0);
     }
 
     pub fn layer(&self, chain: &Digest) -> PathBuf {
@@ -161,7 +161,7 @@ pub fn request(reference: &str) -> PullRequest {
 }
 
 pub fn nothing_in_use() -> Arc<dyn LayersInUse> {
-    Arc::new(HashSet::new)
+    Arc::new(|_: &str| HashSet::new())
 }
 
 /// Two layers; `mark` makes it unlike others.

@@ -50,7 +50,7 @@ async fn an_image_is_pulled_unpacked_listed_and_removed() {
     assert_eq!(std::fs::read(top.join("etc/top")).unwrap(), b"one");
     let whiteout = std::fs::symlink_metadata(top.join("etc/base")).unwrap();
     assert!(whiteout.file_type().is_char_device() && whiteout.rdev() == 0);
-    let info = node.images.fs_info();
+    let info = node.images.fs_info().remove(0);
     assert!(info.used_bytes > listed.size && info.inodes_used > 4 && info.mountpoint.exists());
 
     let node = node.restart();
@@ -192,7 +192,7 @@ async fn layers_that_containers_stand_on_stay_until_they_are_collected() {
     let layers = node.images.status(&name).unwrap().unwrap().layers.clone();
 
     let used: std::collections::HashSet<_> = layers.iter().cloned().collect();
-    let in_use = std::sync::Arc::new(move || used.clone());
+    let in_use = std::sync::Arc::new(move |_: &str| used.clone());
     node.images.remove(&name, in_use).await.unwrap();
     assert!(layers.iter().all(|chain| node.snapshotter.has_layer(chain)));
     node.images.collect(nothing_in_use()).await.unwrap();

@@ -115,9 +115,12 @@ async fn a_layer_under_a_container_is_not_replaced() {
     let file = node.layer(&chains[0]).join("etc/base");
     std::fs::write(&file, "BASE").unwrap();
     let bad = node.images.verify(&name).await.unwrap();
-    assert_eq!(bad.faults[0].what, Faulty::Layer(chains[0].clone()));
+    assert_eq!(
+        bad.faults[0].what,
+        Faulty::Layer("overlayfs", chains[0].clone())
+    );
     let used: HashSet<Digest> = [chains[0].clone()].into();
-    let in_use = Arc::new(move || used.clone());
+    let in_use = Arc::new(move |_: &str| used.clone());
     let remains = node.images.repair(&bad, in_use).await.unwrap();
     assert!(remains[0].contains("containers stand on it"), "{remains:?}");
     assert_eq!(std::fs::read(&file).unwrap(), b"BASE");
@@ -186,7 +189,10 @@ async fn an_image_that_is_only_fetched_is_unpacked_when_it_is_needed() {
     let node = node.restart();
     let used = node.images.use_image("r.io/app:1").unwrap().unwrap();
     assert!(!node.images.is_unpacked(&used));
-    let (one, two) = tokio::join!(node.images.unpack(&used), node.images.unpack(&used));
+    let (one, two) = tokio::join!(
+        node.images.unpack(&used, &node.snapshotter),
+        node.images.unpack(&used, &node.snapshotter)
+    );
     one.and(two).unwrap();
     assert!(node.images.is_unpacked(&used));
     assert!(node.layer(&used.layers[0]).join("etc/base").exists());
@@ -296,7 +302,7 @@ async fn a_blob_of_several_layers_is_discarded_with_the_last() {
     node.pull(&name).await.unwrap();
     assert!(blob(&node, shared).exists());
     let used = node.images.use_image("r.io/twice:1").unwrap().unwrap();
-    node.images.unpack(&used).await.unwrap();
+    node.images.unpack(&used, &node.snapshotter).await.unwrap();
     assert!(!blob(&node, shared).exists());
 }
 
@@ -317,7 +323,7 @@ async fn what_a_container_is_made_of_is_not_collected() {
     let used = node.images.use_image("r.io/app:1").unwrap().unwrap();
     node.remove("r.io/app:1").await;
     node.images.collect(nothing_in_use()).await.unwrap();
-    node.images.unpack(&used).await.unwrap();
+    node.images.unpack(&used, &node.snapshotter).await.unwrap();
     assert!(node.layer(&used.layers[1]).join("etc/top").exists());
     drop(used);
     node.images.collect(nothing_in_use()).await.unwrap();
@@ -481,7 +487,10 @@ async fn an_audit_says_what_a_collection_takes() {
     let (_registry, name) = serve(&made).await;
     node.pull(&name).await.unwrap();
     let chains = layers(&node, &name);
-    let on = |chain: &Digest| HashMap::from([(chain.clone(), vec!["container c".to_owned()])]);
+    let on = |chain: &Digest| {
+        let key = ("overlayfs".to_owned(), chain.clone());
+        HashMap::from([(key, vec!["container c".to_owned()])])
+    };
     let items = node.images.audit(on(&chains[0])).await.unwrap();
     assert!(
         items.iter().all(|item| item.fate == Fate::Kept),
@@ -510,11 +519,14 @@ async fn an_audit_says_what_a_collection_takes() {
         .filter(|item| item.kind == ItemKind::Blob)
         .map(|item| item.bytes)
         .sum();
-    assert_eq!(layer_bytes + blob_bytes, node.images.fs_info().used_bytes);
+    assert_eq!(
+        layer_bytes + blob_bytes,
+        node.images.fs_info()[0].used_bytes
+    );
 
     // The image goes while a container stands on its base; a stray blob lies about.
     let used: HashSet<Digest> = [chains[0].clone()].into();
-    let in_use = Arc::new(move || used.clone());
+    let in_use = Arc::new(move |_: &str| used.clone());
     node.images.remove(&name, in_use.clone()).await.unwrap();
     let stray = blob(&node, &made.config.digest);
     std::fs::write(&stray, &made.config.data).unwrap();

@@ -98,11 +98,11 @@ impl Driver {
             async move {
                 let images = mounted.iter().map(|(_, mounted)| mounted);
                 for used in images.chain([image.as_ref()]) {
-                    // Imported to be unpacked when it is needed, which is now.
-                    ctx.images.unpack(used).await.map_err(|error| Failed {
-                        error: Error::step("unpack image")(error),
-                        left: None,
-                    })?;
+                    // Imported to be unpacked when it is needed, which is now; or pulled without a
+                    // word of the handler that needs it.
+                    unpack(&ctx, &facts, used)
+                        .await
+                        .map_err(|error| Failed { error, left: None })?;
                 }
                 let made = tokio::task::spawn_blocking(move || {
                     make(&ctx, &pod, &facts, &image, status, target_pid)
@@ -307,6 +307,10 @@ fn facts(
         cgroup_dir: place.dir.to_string_lossy().into_owned(),
         oom_file: place.oom_file.to_string_lossy().into_owned(),
         image_mounts: Vec::new(),
+        snapshotter: ctx
+            .snapshotter_of(&pod.record.runtime_handler)
+            .name()
+            .to_owned(),
     };
     Ok(ContainerFacts {
         id,
@@ -341,6 +345,13 @@ fn log_path(directory: &str, path: &str) -> Result<String, Error> {
         .join(path)
         .to_string_lossy()
         .into_owned())
+}
+
+/// Makes sure that the container's snapshotter has the image.
+async fn unpack(ctx: &Context, facts: &ContainerFacts, image: &ImageInUse) -> Result<(), Error> {
+    let snapshotter = ctx.snapshotter(&facts.record)?;
+    let unpacked = ctx.images.unpack(image, snapshotter).await;
+    unpacked.map_err(Error::step("unpack image"))
 }
 
 /// Makes the container on disk. On failure all is taken back, or what is left is named.

@@ -169,7 +169,7 @@ fn view(
         .map_err(|error| Error::internal(STEP, error))?;
     let view = ctx.records.dirs.images(&facts.id).join(n.to_string());
     make_dir(&view).map_err(|error| Error::io(STEP, &view, &error))?;
-    ctx.snapshotter
+    ctx.snapshotter(&facts.record)?
         .view(&layers, &view, owners.of_mount())
         .map_err(|error| image_error(mount, error))?;
     failpoint::at("view::mounted")?;
@@ -210,8 +210,11 @@ pub(crate) fn unmount(ctx: &Context, id: &ContainerId) -> Result<(), Error> {
         .map(|name| images.join(name))
         .chain([dirs.rootfs(id)])
     {
-        let unmounted = ctx.snapshotter.unmount(&view);
-        outcome = outcome.and(unmounted.map_err(Error::step("unmount root")));
+        // A mount is anybody's to take away; what lies behind it is not.
+        for snapshotter in ctx.snapshotters.iter() {
+            let unmounted = snapshotter.unmount(&view);
+            outcome = outcome.and(unmounted.map_err(Error::step("unmount root")));
+        }
     }
     outcome
 }

@@ -90,11 +90,12 @@ pub(super) fn make(
     let rootfs = ctx.records.dirs.rootfs(&facts.id);
     make_dir(&rootfs).map_err(|error| Error::io("make root", &rootfs, &error))?;
     let step = Error::step("prepare root");
-    ctx.snapshotter
+    let snapshotter = ctx.snapshotter(&facts.record)?;
+    snapshotter
         .prepare(&facts.id, &image.layers, owners.of_mount())
         .map_err(&step)?;
     failpoint::at("root::prepared")?;
-    ctx.snapshotter
+    snapshotter
         .mount(&facts.id, &image.layers, &rootfs, owners.of_mount())
         .map_err(&step)?;
     failpoint::at("root::mounted")?;
@@ -139,7 +140,7 @@ pub(super) fn volumes(
     }
     let rootfs = ctx.records.dirs.rootfs(&facts.id);
     let dir = ctx
-        .snapshotter
+        .snapshotter(&facts.record)?
         .volumes(&facts.id)
         .map_err(Error::step("make volume"))?;
     let mut volumes = Vec::with_capacity(places.len());

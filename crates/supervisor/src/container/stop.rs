@@ -363,9 +363,11 @@ pub(crate) fn read_exit(bundle: &std::path::Path) -> Option<Exit> {
 pub(crate) fn remove_files(ctx: &Context, id: &ContainerId) -> Result<(), Error> {
     super::unmount(ctx, id)?;
     failpoint::at("root::unmounted")?;
-    ctx.snapshotter
-        .remove(id)
-        .map_err(Error::step("remove container"))?;
+    // Of all that there are: which made it is only in the record, and handlers change theirs.
+    for snapshotter in ctx.snapshotters.iter() {
+        let removed = snapshotter.remove(id);
+        removed.map_err(Error::step("remove container"))?;
+    }
     failpoint::at("root::removed")?;
     ctx.records.forget_container(id)
 }

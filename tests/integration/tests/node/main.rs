@@ -23,6 +23,7 @@ mod repeated;
 mod resources;
 mod restart;
 mod security;
+mod snapshotters;
 mod stop;
 mod store;
 mod streaming;
