@@ -107,7 +107,9 @@ fn audit(inner: &Inner, containers: &LayerHolders) -> Result<Vec<Item>> {
     for (part, metadata) in inner.content.parts()? {
         let young = inner.is_young(&metadata);
         let size = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
-        items.push(item(ItemKind::Part, part, size, None, young));
+        // It is on its way to be the blob that they need.
+        let referrers = blob_referrers.get(&part);
+        items.push(item(ItemKind::Part, part.clone(), size, referrers, young));
     }
     for snapshotter in inner.snapshotters.iter() {
         let name = snapshotter.name();

@@ -9,7 +9,7 @@ use gantry_types::Digest;
 
 use crate::Result;
 use crate::image::Image;
-use crate::service::{Inner, LayersInUse, blocking};
+use crate::service::{Inner, LayersInUse};
 
 impl Inner {
     /// Blobs and chain ids of all listed images. A compressed layer that is unpacked is none of
@@ -140,9 +140,7 @@ impl Inner {
     /// to keep them for the next try.
     pub(crate) async fn drop_blobs(self: &Arc<Self>, fresh: Vec<Digest>) -> Result<()> {
         // No image is admitted meanwhile, whose blobs these might be.
-        let changing = self.changing.lock().await;
-        let work = self.clone();
-        let dropped = blocking("blob removal", move || {
+        let dropped = self.change("blob removal", move |work| {
             if !work.all_read() {
                 return Ok(());
             }
@@ -154,9 +152,7 @@ impl Inner {
             }
             work.content.purge()
         });
-        let dropped = dropped.await;
-        drop(changing);
-        dropped
+        dropped.await
     }
 }
 

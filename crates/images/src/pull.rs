@@ -157,8 +157,7 @@ async fn pull_image(
     }
     let tags = reference.tagged().into_iter().collect();
     failpoint::at("pull::before-record")?;
-    let image = inner.admit(manifest, tags, vec![named]).await?;
-    drop(lease);
+    let image = inner.admit(manifest, tags, vec![named], lease).await?;
     inner.discard(&image).await;
     Ok(image.id.clone())
 }

@@ -26,7 +26,7 @@ use crate::progress::Progress;
 use crate::pull::BlobLocks;
 use crate::reference::Reference;
 use crate::unpack::Limits;
-use crate::{Error, Result, index, install, registry};
+use crate::{Error, Result, failpoint, index, install, registry};
 
 /// How this node handles images.
 #[derive(Clone, Debug)]
@@ -139,7 +139,7 @@ pub(crate) struct Inner {
     /// What readers see.
     catalog: RwLock<Arc<Catalog>>,
     /// Held from the reading of the catalog to the publication of the next one.
-    pub(crate) changing: tokio::sync::Mutex<()>,
+    pub(crate) changing: Arc<tokio::sync::Mutex<()>>,
     /// The records lag behind the catalog: a change could not be written down.
     behind: AtomicBool,
     /// Records of images that could not be read at the start, for a fault of the disk or of the node
@@ -182,7 +182,7 @@ impl Images {
                 options.bandwidth,
             ),
             catalog: RwLock::default(),
-            changing: tokio::sync::Mutex::default(),
+            changing: Arc::default(),
             behind: AtomicBool::new(false),
             unread: Mutex::default(),
             usage: Mutex::new(usage),
@@ -297,19 +297,18 @@ impl Images {
         let mut lease = self.inner.leases.lease();
         lease.hold(&image.blobs);
         let manifest = image.manifest.digest.clone();
-        let admitted = self.inner.admit(manifest, vec![tagged.clone()], Vec::new());
+        let admitted = self
+            .inner
+            .admit(manifest, vec![tagged.clone()], Vec::new(), lease);
         Ok((admitted.await?.id.clone(), tagged))
     }
 
     /// Removes an image with all its names, and the layers and blobs that nothing else needs.
     /// A name that is no image is success.
     pub async fn remove(&self, name_or_id: &str, in_use: Arc<dyn LayersInUse>) -> Result<()> {
-        let inner = self.inner.clone();
-        let changing = inner.changing.lock().await;
-        let found = inner.catalog().find(name_or_id)?;
-        let work = inner.clone();
-        let done = blocking("image removal", move || {
-            let Some(image) = found else {
+        let name = name_or_id.to_owned();
+        let removal = self.inner.change("image removal", move |work| {
+            let Some(image) = work.catalog().find(&name)? else {
                 // An earlier removal may have failed half way: it is done when this says so.
                 return work.catch_up();
             };
@@ -317,43 +316,42 @@ impl Images {
             // full disk does not have.
             let mut catalog = Catalog::clone(&work.catalog());
             catalog.remove(&image.id);
+            work.behind.store(true, Ordering::Relaxed);
             work.publish(catalog.clone());
-            work.collect_of(&image, in_use.as_ref())?;
+            // What fails here is for the next collection: the image must not come back.
+            let collected = work.collect_of(&image, in_use.as_ref());
             match work.write_down(&catalog) {
                 // Not even for the index is there room: what was removed makes some.
                 Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
                     work.purge()?;
-                    work.write_down(&catalog)
+                    work.write_down(&catalog)?;
                 }
-                written => written.and_then(|()| work.purge()),
+                written => written?,
             }
+            collected
         });
-        let done = done.await;
-        drop(changing);
-        done
+        removal.await?;
+        self.inner.give_back().await;
+        Ok(())
     }
 
     /// Removes layers that neither an image nor a container needs and blobs that no image has
     /// needed for a while ([`Options::keep_unreferenced`]). Walks the disk: for a timer.
     pub async fn collect(&self, in_use: Arc<dyn LayersInUse>) -> Result<()> {
-        let changing = self.inner.changing.lock().await;
-        let work = self.inner.clone();
-        let done = blocking("image collection", move || {
+        let collection = self.inner.change("image collection", move |work| {
             work.read_again()?;
             work.collect_all(in_use.as_ref())?;
             work.catch_up()
         });
-        let done = done.await;
-        drop(changing);
-        done
+        collection.await?;
+        self.inner.give_back().await;
+        Ok(())
     }
 
     /// Adopts images that `index.json` names and that are complete, but that are not listed.
     /// Returns how many. [`Images::open`] does this by itself.
     pub async fn rebuild(&self) -> Result<usize> {
-        let changing = self.inner.changing.lock().await;
-        let work = self.inner.clone();
-        let done = blocking("image rebuild", move || {
+        let rebuild = self.inner.change("image rebuild", |work| {
             let mut catalog = Catalog::clone(&work.catalog());
             let before = catalog.images().count();
             work.adopt_from_index(&mut catalog)?;
@@ -362,9 +360,7 @@ impl Images {
             work.publish(catalog);
             Ok(added)
         });
-        let done = done.await;
-        drop(changing);
-        done
+        rebuild.await
     }
 
     /// The file system that containers write to, if it is another than that of the layers: what all
@@ -442,6 +438,9 @@ fn own_file_system(snapshotter: &dyn Snapshotter) -> Result<Option<PathBuf>> {
     let same = device(containers)?.dev() == device(snapshotter.root())?.dev();
     Ok((!same).then(|| containers.to_owned()))
 }
+
+/// How long a removal waits for the deletion of what it removed.
+const DELETION: Duration = Duration::from_secs(10);
 
 /// Runs blocking work on a thread for it.
 pub(crate) async fn blocking<T: Send + 'static>(
@@ -668,17 +667,49 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes down what an earlier change could not, and gives back the space of what was removed.
+    /// Runs a change of the catalog, beside which no other happens, on a thread for it. The lock is
+    /// the work's and not the caller's: one that goes away in the middle must not let another
+    /// change begin from what this one is about to replace.
+    pub async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        what: &'static str,
+        work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let changing = self.changing.clone().lock_owned().await;
+        let inner = self.clone();
+        blocking(what, move || {
+            let done = work(&inner);
+            drop(changing);
+            done
+        })
+        .await
+    }
+
+    /// Gives back the space of what was removed. Nobody holds a lock meanwhile, nor is waited for
+    /// without end: among it may be millions of files that a container wrote. What cannot be
+    /// deleted is tried again by the next.
+    pub async fn give_back(self: &Arc<Self>) {
+        let work = self.clone();
+        let purge = blocking("deletion", move || work.purge());
+        match tokio::time::timeout(DELETION, purge).await {
+            Ok(Err(error)) => tracing::warn!(%error, "space of what was removed is not given back"),
+            Ok(Ok(())) => {}
+            Err(_) => tracing::info!("what was removed takes long to delete; that goes on"),
+        }
+    }
+
+    /// Writes down what an earlier change could not.
     fn catch_up(&self) -> Result<()> {
         if self.behind.load(Ordering::Relaxed) {
             self.write_down(&self.catalog())?;
         }
-        self.purge()
+        Ok(())
     }
 
     /// Makes index and records say what `catalog` says; durable on return.
     fn write_down(&self, catalog: &Catalog) -> Result<()> {
         self.behind.store(true, Ordering::Relaxed);
+        failpoint::at("images::before-write-down")?;
         index::write(&self.content.index_path(), catalog)?;
         let records: HashMap<String, ImageRecord> = self
             .store
@@ -702,17 +733,20 @@ impl Inner {
         Ok(())
     }
 
-    /// Adds an image whose blobs and layers are on disk, under these names besides those it has.
+    /// Adds an image whose blobs and layers are on disk, and held by `lease`, under these names
+    /// besides those it has.
     pub async fn admit(
         self: &Arc<Self>,
         manifest: Digest,
         tags: Vec<String>,
         digests: Vec<String>,
+        lease: Lease,
     ) -> Result<Arc<Image>> {
-        let changing = self.changing.lock().await;
-        let work = self.clone();
-        let done = blocking("image record", move || {
+        let admission = self.change("image record", move |work| {
+            // Until the image is listed it is what keeps its parts.
+            let mut held = lease;
             let image = work.load_complete(&manifest)?;
+            held.hold(image.blobs.iter().chain(&image.layers));
             let mut catalog = Catalog::clone(&work.catalog());
             let known = catalog.get(&image.id).cloned();
             let merge = |old: Option<&Vec<String>>, new: Vec<String>| {
@@ -758,9 +792,7 @@ impl Inner {
             work.publish(catalog);
             Ok(image)
         });
-        let done = done.await;
-        drop(changing);
-        done
+        admission.await
     }
 
     /// An image that lost a name may have lost the one that pinned it.

@@ -152,8 +152,7 @@ async fn adopt(inner: &Arc<Inner>, found: Vec<Found>, unpack: bool) -> Result<Ve
             (None, None) => None,
         };
         let digests: Vec<String> = image.names.iter().filter_map(by_digest).collect();
-        let admitted = inner.admit(image.manifest, tags.clone(), digests).await?;
-        drop(lease);
+        let admitted = inner.admit(image.manifest, tags, digests, lease).await?;
         if image.names.is_empty() {
             names.push(admitted.id.clone());
         }

@@ -216,3 +216,27 @@ fn images_and_containers_on_two_file_systems() {
         assert!(left.is_empty());
     });
 }
+
+/// A client that goes away while its removal is written down takes nothing from others.
+#[test]
+fn a_removal_that_nobody_waits_for_loses_no_other_image() {
+    const NAME: &str = "a_removal_that_nobody_waits_for_loses_no_other_image";
+    // The first image is written down; its removal takes a while over that.
+    let slowly = "images::before-write-down=1*off->1*delay(2000)->off";
+    let options = Options::default().env("FAILPOINTS", slowly);
+    on_node(NAME, options, async |node| {
+        let image = node.busybox().await;
+        let removal = node.client.remove_image(&image);
+        let given_up = tokio::time::timeout(std::time::Duration::from_millis(300), removal).await;
+        assert!(given_up.is_err());
+        let layer = Layer::new().file("mark", b"other");
+        let other = ImageBuilder::new().layer(layer, Compression::Gzip).build();
+        let other = node.pull("other", &other).await;
+        for _ in 0..2 {
+            assert!(node.client.image(&other).await.unwrap().is_some());
+            assert!(node.client.image(&image).await.unwrap().is_none());
+            node.daemon.set_env(&[]);
+            node.kill_and_start_again().await;
+        }
+    });
+}
