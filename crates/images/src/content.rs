@@ -325,11 +325,16 @@ impl Content {
         Ok(())
     }
 
-    /// Gives a blob that was fetched aside the usual name of a part, once no download has that.
+    /// Once no download has the usual name of a blob's part: gives it to the blob if that was fetched
+    /// aside.
     fn move_in(&self, parts: &mut Parts, digest: &Digest) -> Result<()> {
         let usual = self.part_path(digest);
         let Some(whole) = parts.whole.get_mut(digest) else {
-            return Ok(());
+            // Nor does a download need to go on of a blob that is here.
+            return match self.path(digest).exists() && !parts.taken.contains(&usual) {
+                true => parts.remove(&usual),
+                false => Ok(()),
+            };
         };
         if whole.path == usual || parts.taken.contains(&usual) || parts.taken.contains(&whole.path)
         {
@@ -834,6 +839,18 @@ mod tests {
             assert_eq!((read().as_slice(), in_ingest(&content)), (&b"hello"[..], 0));
             assert_eq!(content.used(), (5, 1));
         }
+        // Settled by the one while the other still comes.
+        let (_dir, content) = open();
+        let digest = hash::sha256(b"hello");
+        let [first, second] = [(); 2].map(|()| content.part(&digest, 5).unwrap());
+        first.write_at(0, &["hel".into()]).unwrap();
+        second.write_at(0, &["hello".into()]).unwrap();
+        content.verified(&second).unwrap();
+        drop(second);
+        content.settle(std::slice::from_ref(&digest)).unwrap();
+        drop(first);
+        assert_eq!((content.used(), in_ingest(&content)), ((5, 1), 0));
+
         // One that is given up leaves its bytes if it was alone, and nothing beside another.
         let (_dir, content) = open();
         let digest = hash::sha256(b"hello");

@@ -62,8 +62,8 @@ pub enum Error {
     #[error("{what}: {reason}")]
     Unsupported { what: String, reason: String },
 
-    /// A blob that was fetched for an image is not on disk any more: somebody took it away.
-    #[error("blob {blob} is gone from the disk")]
+    /// A blob that an image needs is not here any more, nor is what was unpacked from it.
+    #[error("blob {blob} is missing on this node")]
     Gone { blob: Digest },
 
     /// What is wrong with an image that was to be pulled.

@@ -80,7 +80,9 @@ impl Image {
 
     /// Reads manifest and configuration; names, pin and time are the caller's to fill in.
     pub(crate) fn load(content: &Content, manifest: &Digest) -> Result<Self> {
-        let missing = |digest: &Digest| Error::invalid(digest, "the blob is not on this node");
+        let missing = |digest: &Digest| Error::Gone {
+            blob: digest.clone(),
+        };
         let bytes = content
             .read(manifest, document::DOCUMENT_MAX)?
             .ok_or_else(|| missing(manifest))?;

@@ -603,10 +603,7 @@ impl Inner {
         let image = Image::load(&self.content, manifest)?;
         for (chain, blob) in image.layers.iter().zip(image.layer_blobs()) {
             if !self.snapshotters.first().has_layer(chain) && self.content.size(blob)?.is_none() {
-                return Err(Error::invalid(
-                    &image.id,
-                    format_args!("layer {chain} is missing"),
-                ));
+                return Err(Error::Gone { blob: blob.clone() });
             }
         }
         Ok(image)

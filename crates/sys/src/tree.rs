@@ -61,17 +61,17 @@ pub fn copy(from: &OwnedFd, to: &OwnedFd, rules: impl Dress) -> io::Result<()> {
         rules,
         links: HashMap::new(),
     };
-    // Of directories as they are met: parents before what is in them.
-    let mut found = vec![PathBuf::from(".")];
+    // As they are met: parents before what is in them.
+    let mut found = Directories(vec![(0, OsString::from("."))]);
     let mut next = 0;
-    while let Some(dir) = found.get(next).cloned() {
-        copy.directory(&dir, &mut found)?;
+    while next < found.0.len() {
+        copy.directory(next, &mut found)?;
         next += 1;
     }
     // Last and from the leaves up: a default ACL would be inherited by what is made below it, and
     // each entry made changes the time of its directory.
-    for dir in found.iter().rev() {
-        let (old, new) = copy.open(dir)?;
+    for dir in (0..found.0.len()).rev() {
+        let (old, new) = copy.open(&found.path(dir))?;
         let stat = fs::fstat(&old)?;
         copy.dress(&old, &new, &stat)?;
         times(&new, &stat)?;
@@ -79,12 +79,30 @@ pub fn copy(from: &OwnedFd, to: &OwnedFd, rules: impl Dress) -> io::Result<()> {
     Ok(())
 }
 
+/// Directories of a tree, each as its parent's number and its name: the whole paths of an image's could
+/// be four KiB each. The first is the root.
+struct Directories(Vec<(usize, OsString)>);
+
+impl Directories {
+    fn path(&self, mut dir: usize) -> PathBuf {
+        let mut names = Vec::new();
+        while let Some((parent, name)) = self.0.get(dir) {
+            names.push(name);
+            if dir == 0 {
+                break;
+            }
+            dir = *parent;
+        }
+        names.iter().rev().collect()
+    }
+}
+
 struct Copy<'a, D> {
     from: &'a OwnedFd,
     to: &'a OwnedFd,
     rules: D,
-    /// By inode number in `from`, for files with several names: the copy.
-    links: HashMap<u64, PathBuf>,
+    /// By inode number in `from`, for files with several names: the copy, by directory and name.
+    links: HashMap<u64, (usize, OsString)>,
 }
 
 impl<D: Dress> Copy<'_, D> {
@@ -95,22 +113,28 @@ impl<D: Dress> Copy<'_, D> {
         Ok((open(self.from)?, open(self.to)?))
     }
 
-    fn directory(&mut self, dir: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
-        let (old, new) = self.open(dir)?;
+    fn directory(&mut self, dir: usize, found: &mut Directories) -> io::Result<()> {
+        let (old, new) = self.open(&found.path(dir))?;
         for entry in rfs::Dir::read_from(&old)? {
             let entry = entry?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if name == "." || name == ".." {
                 continue;
             }
-            let path = dir.join(name);
             let stat = fs::lstatat(&old, name)?;
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                 fs::mkdirat(&new, name, 0o700)?;
-                found.push(path);
-            } else {
-                self.file((&old, &new), name, path, &stat)?;
+                found.0.push((dir, name.to_owned()));
+                continue;
             }
+            if stat.st_nlink > 1 {
+                if let Some((dir, first)) = self.links.get(&stat.st_ino) {
+                    link(self.to, (&found.path(*dir), first), &new, name)?;
+                    continue;
+                }
+                self.links.insert(stat.st_ino, (dir, name.to_owned()));
+            }
+            self.file((&old, &new), name, &stat)?;
         }
         Ok(())
     }
@@ -119,15 +143,8 @@ impl<D: Dress> Copy<'_, D> {
         &mut self,
         (old, new): (&OwnedFd, &OwnedFd),
         name: &OsStr,
-        path: PathBuf,
         stat: &Stat,
     ) -> io::Result<()> {
-        if stat.st_nlink > 1 {
-            if let Some(first) = self.links.get(&stat.st_ino) {
-                return link(self.to, first, new, name);
-            }
-            self.links.insert(stat.st_ino, path);
-        }
         let kind = FileType::from_raw_mode(stat.st_mode);
         match kind {
             FileType::Socket => {
@@ -223,15 +240,16 @@ fn content(from: &File, to: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// A second name for what was copied as `first`.
-fn link(root: &OwnedFd, first: &Path, dir: &OwnedFd, name: &OsStr) -> io::Result<()> {
-    let (parent, base) = match (first.parent(), first.file_name()) {
-        (Some(parent), Some(base)) => (parent, base),
-        _ => return Err(io::ErrorKind::InvalidInput.into()),
-    };
+/// A second name for what was copied as `first` in the directory at `parent`.
+fn link(
+    root: &OwnedFd,
+    (parent, first): (&Path, &OsStr),
+    dir: &OwnedFd,
+    name: &OsStr,
+) -> io::Result<()> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     let parent = fs::openat2(root, parent, DIRECTORY, 0, resolve)?;
-    fs::linkat(&parent, base, dir, name)
+    fs::linkat(&parent, first, dir, name)
 }
 
 fn unsupported(error: &io::Error) -> bool {
@@ -268,6 +286,33 @@ mod tests {
         std_fs::create_dir(to)?;
         let open = |path: &Path| rfs::open(path, DIRECTORY, rfs::Mode::empty());
         copy(&open(from)?, &open(to)?, |name: &OsStr| name != "user.no")
+    }
+
+    /// The most memory that this process has had at once, in KiB (proc_pid_status(5)).
+    fn peak() -> u64 {
+        let status = std_fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = line.unwrap().trim().trim_end_matches(" kB");
+        number.parse().unwrap()
+    }
+
+    #[test]
+    fn the_memory_of_a_copy_does_not_grow_with_its_paths() {
+        if !is_root("the_memory_of_a_copy_does_not_grow_with_its_paths") {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        let deep: PathBuf = (0..14).map(|_| "d".repeat(250)).collect();
+        let leaf = from.join(deep);
+        std_fs::create_dir_all(&leaf).unwrap();
+        for n in 0..3000 {
+            std_fs::create_dir(leaf.join(n.to_string())).unwrap();
+        }
+        let before = peak();
+        copy_of(&from, &to).unwrap();
+        let grown = peak() - before;
+        assert!(grown < 5 << 10, "{grown} KiB");
     }
 
     #[test]

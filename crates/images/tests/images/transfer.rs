@@ -409,6 +409,37 @@ fn hung_pulls_hold_no_threads() {
 }
 
 #[tokio::test]
+async fn a_pull_whose_blobs_are_taken_away_begins_anew() {
+    if not_root("a_pull_whose_blobs_are_taken_away_begins_anew") {
+        return;
+    }
+    let (registry, name) =
+        serve(|b| b.trickle = Some((SIZE / 20, Duration::from_millis(50)))).await;
+    let node = Node::new();
+    let made = big(SIZE);
+    let part = |digest: &gantry_types::Digest| {
+        let name = format!("sha256-{}.part", digest.hex());
+        node.dir.path().join("content/ingest").join(name)
+    };
+    let (pulled, ()) = tokio::join!(node.pull(&name), async {
+        // The layer comes once the configuration has been read.
+        while node.names("overlayfs/stages").is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        registry.behave(|b| b.trickle = None);
+        for document in [&made.manifest, &made.config] {
+            std::fs::remove_file(part(&document.digest)).unwrap();
+        }
+    });
+    assert_eq!(pulled.unwrap(), made.id());
+    assert_eq!(registry.count("GET", "/manifests/"), 2);
+    let verified = node.images.verify(&name).await.unwrap();
+    assert_eq!((verified.faults.len(), verified.notes.len()), (0, 0));
+    node.remove(&name).await;
+    node.assert_empty();
+}
+
+#[tokio::test]
 async fn ranges_begin_where_a_restart_finds_them() {
     if not_root("ranges_begin_where_a_restart_finds_them") {
         return;

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use gantry_integration::{
-    Node, busybox_image, eventually, on_failing_node, on_plain_node, sleeper,
+    Node, busybox_image, eventually, on_failing_node, on_node, on_plain_node, sleeper,
 };
 use gantry_testkit::cri::Client;
+use gantry_testkit::daemon::Options;
 use gantry_testkit::image::{Compression, ImageBuilder, Layer};
 
 /// Every stage of a pull, in order.
@@ -126,6 +127,38 @@ fn a_step_of_a_pull_that_fails_is_told_and_taken_back() {
             assert_eq!(under_way(node), [""; 0]);
         },
     );
+}
+
+/// A write that does not return, as on a disk that has gone, ends the pull and nothing else.
+#[test]
+fn a_disk_that_hangs_fails_the_pull() {
+    const NAME: &str = "a_disk_that_hangs_fails_the_pull";
+    if !matches!(gantry_testkit::daemon::has_failpoints(), Ok(true)) {
+        println!("SKIP {NAME}: gantryd is built without its feature failpoints");
+        return;
+    }
+    let options = Options::default()
+        .env("FAILPOINTS", "pull::mid-download=2*off->1*sleep(6000)->off")
+        .config("[images]\nprogress_timeout_seconds = 1\n");
+    on_node(NAME, options, async |node| {
+        node.registry.add("test/hung", "1", busybox_image());
+        let name = format!("{}/test/hung:1", node.registry.host());
+        let start = std::time::Instant::now();
+        let error = node.client.pull(&name).await.unwrap_err();
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        let text = error.to_string();
+        for part in ["the disk took nothing", &name] {
+            assert!(text.contains(part), "{text}");
+        }
+        // What is still being written is left to itself.
+        let id = node.client.pull(&name).await.unwrap();
+        assert_eq!(id, busybox_image().id());
+        eventually("nothing is left", async || {
+            under_way(node).is_empty().then_some(())
+        })
+        .await;
+    });
 }
 
 #[test]
