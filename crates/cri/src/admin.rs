@@ -1,6 +1,6 @@
 //! What gantryctl asks beyond CRI: images in and out, what they are, and whether they still are.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -282,11 +282,22 @@ impl Service for Admin {
         request: Request<CollectRequest>,
     ) -> Result<Response<CollectResponse>, Status> {
         let holders = self.supervisor.layer_holders();
-        let items = self.images.audit(holders).await.map_err(status)?;
+        let mut items = self.images.audit(holders).await.map_err(status)?;
         if !request.into_inner().dry_run {
             let used = self.supervisor.clone();
             let in_use = Arc::new(move |snapshotter: &str| used.layers_in_use(snapshotter));
             self.images.collect(in_use).await.map_err(status)?;
+            // What work that began meanwhile needs has stayed.
+            let holders = self.supervisor.layer_holders();
+            let left = self.images.audit(holders).await.map_err(status)?;
+            let key =
+                |item: &gantry_images::Item| (item.kind, item.digest.clone(), item.snapshotter);
+            let left: HashSet<_> = left.iter().map(key).collect();
+            for item in &mut items {
+                if item.fate == Fate::Goes && left.contains(&key(item)) {
+                    item.fate = Fate::Kept;
+                }
+            }
         }
         let items = items.into_iter().map(item).collect();
         Ok(Response::new(CollectResponse { items }))

@@ -156,6 +156,20 @@ impl Error {
         }
     }
 
+    /// What could not be read of content whose digest is right, and which is all there, is wrong in
+    /// the image and not on this node.
+    pub(crate) fn of_content(self) -> Self {
+        use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+        match self {
+            Error::Io { what, source }
+                if matches!(source.kind(), InvalidData | InvalidInput | UnexpectedEof) =>
+            {
+                Error::invalid(what, source)
+            }
+            other => other,
+        }
+    }
+
     pub(crate) fn invalid(what: impl std::fmt::Display, reason: impl std::fmt::Display) -> Self {
         Error::Invalid {
             what: what.to_string(),

@@ -300,7 +300,7 @@ fn follow_up<T>(
         Err(_) if cancel.is_cancelled() => Followed::Ended(Error::Cancelled),
         // What is wrong with the content is the host's fault or the image's: the digest tells.
         value => match follow.verify() {
-            Ok(true) => Followed::Whole(value),
+            Ok(true) => Followed::Whole(value.map_err(Error::of_content)),
             Ok(false) => Followed::Other,
             Err(_) if cancel.is_cancelled() => Followed::Ended(Error::Cancelled),
             Err(source) => {

@@ -76,6 +76,34 @@ async fn a_layer_that_is_not_its_diff_id_is_refused() {
     assert!(node.names("overlayfs/layers").is_empty());
 }
 
+/// It is the image that is wrong, and not this node; what was fetched of it is of no use to the next
+/// try.
+#[tokio::test]
+async fn a_layer_that_is_no_archive_is_the_images_fault_and_not_kept() {
+    if not_root("a_layer_that_is_no_archive_is_the_images_fault_and_not_kept") {
+        return;
+    }
+    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    let whole = Layer::new().file("x", &[7; 4000]).tar();
+    let torn = gantry_testkit::image::gzip(&whole);
+    let torn = torn[..torn.len() / 2].to_vec();
+    for (n, (data, compression)) in [
+        (whole[..2000].to_vec(), Compression::Gzip),
+        (b"no archive at all".repeat(100), Compression::Zstd),
+        (torn, Compression::Plain),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let made = ImageBuilder::new().tar(data, compression).build();
+        registry.add("a", &n.to_string(), &made);
+        let error = node.pull(&format!("{}/a:{n}", registry.host())).await;
+        let error = error.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{n}: {error}");
+        node.assert_empty();
+    }
+}
+
 #[tokio::test]
 async fn manifests_that_lie_are_refused() {
     let (node, registry) = (Node::new(), Registry::start().await.unwrap());
