@@ -4,9 +4,10 @@ use gantry_cri_api::v1::Signal;
 use gantry_integration::young;
 use std::time::{Duration, Instant};
 
-use gantry_integration::{eventually, on_plain_node, refused, script_config, sleeper};
+use gantry_integration::{eventually, on_node, on_plain_node, refused, script_config, sleeper};
 use gantry_testkit::cri::v1::{self, ContainerState, NamespaceMode};
 use gantry_testkit::cri::{resources, security};
+use gantry_testkit::daemon::Options;
 use gantry_testkit::image::{Compression, ImageBuilder};
 use serde_json::json;
 use tonic::Code;
@@ -335,4 +336,82 @@ fn what_a_killed_runtime_left_mounted_goes_with_its_container() {
             }
         },
     );
+}
+
+/// Processes that fork and end faster than anybody lists them, in a container whose end the kernel
+/// does not make theirs.
+#[test]
+fn what_forks_without_end_is_killed_to_the_last() {
+    on_plain_node(
+        "what_forks_without_end_is_killed_to_the_last",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.host_pod("fork").await;
+            let script = "echo 'sh /tmp/fork & ' >/tmp/fork; for n in 1 2 3 4 5 6 7 8; do sh /tmp/fork; \
+                      done; sleep 1000";
+            let mut config = script_config("c", &image, script);
+            let options = security(&mut config)
+                .namespace_options
+                .get_or_insert_default();
+            options.pid = NamespaceMode::Node.into();
+            let forks = || {
+                let processes = std::fs::read_dir("/proc").unwrap().flatten();
+                let lines =
+                    processes.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+                lines.filter(|line| line == b"sh\0/tmp/fork\0").count()
+            };
+            for (grace, code) in [(0, 137), (1, 143)] {
+                config.metadata.as_mut().unwrap().attempt += 1;
+                let id = node.run(&pod, &config).await;
+                eventually("it forks", async || (forks() > 0).then_some(())).await;
+                let began = std::time::Instant::now();
+                node.client.stop(&id, grace).await.unwrap();
+                println!("stopped within {:?}", began.elapsed());
+                assert_eq!(node.exited(&id).await.exit_code, code);
+                eventually("all of them have ended", async || {
+                    (forks() == 0).then_some(())
+                })
+                .await;
+                node.client.remove(&id).await.unwrap();
+            }
+        },
+    );
+}
+
+/// What cannot be killed yet, as in a read from a disk that hangs: the stop ends with an error within
+/// bounds, nobody else waits, and once it can be killed the same calls succeed.
+#[test]
+fn a_container_that_cannot_die_is_told_and_can_be_removed_later() {
+    const NAME: &str = "a_container_that_cannot_die_is_told_and_can_be_removed_later";
+    let options = Options::default().config("[timeouts]\nruntime_seconds = 3\n");
+    on_node(NAME, options, async |node| {
+        let image = node.busybox().await;
+        let (pod, other) = (node.host_pod("stuck").await, node.host_pod("other").await);
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        let pid = node.container_info(&id).await["pid"].as_i64().unwrap();
+        let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let freezer = cgroups
+            .lines()
+            .find_map(|line| line.split_once(":freezer:"));
+        let Some((_, freezer)) = freezer else {
+            // A frozen process of v2 can be killed.
+            println!("SKIP {NAME}: no freezer of cgroup v1");
+            return;
+        };
+        let state = format!("/sys/fs/cgroup/freezer{freezer}/freezer.state");
+        std::fs::write(&state, "FROZEN").unwrap();
+        let began = std::time::Instant::now();
+        let stopped = node.client.stop(&id, 1).await;
+        println!("{stopped:?} after {:?}", began.elapsed());
+        assert!(began.elapsed() < std::time::Duration::from_secs(60));
+        let beside = node.run(&other, &sleeper("c2", &image)).await;
+        assert_eq!(node.sh(&beside, "echo on").await, "on");
+        if stopped.is_err() {
+            assert!(node.is_running(&id).await, "it has not ended");
+        }
+        // It may have been thawed with its end.
+        let _ = std::fs::write(&state, "THAWED");
+        node.client.stop(&id, 1).await.unwrap();
+        node.client.remove(&id).await.unwrap();
+    });
 }
