@@ -26,6 +26,9 @@ pub struct Host {
     pub selinux: Option<Defaults>,
 }
 
+/// What a handler can be given where layers cannot be mapped.
+const COPIES: &str = "snapshotter \"native\" gives copies their owners instead";
+
 impl Host {
     /// Looks at the machine whose files are below `root`: `/` for this one.
     ///
@@ -82,12 +85,14 @@ impl Host {
         }
         let layers = layers?;
         if self.kernel < IDMAPPED_LAYERS {
-            return Some("overlayfs on idmapped layers needs Linux 5.19".to_owned());
+            return Some(format!(
+                "overlayfs on idmapped layers needs Linux 5.19; {COPIES}"
+            ));
         }
         match gantry_sys::fs::is_overlay(layers) {
             Ok(false) => None,
             Ok(true) => Some(format!(
-                "{} is on overlayfs, which has no idmapped mounts",
+                "{} is on overlayfs, which has no idmapped mounts; {COPIES}",
                 layers.display()
             )),
             Err(error) => Some(format!("{}: {error}", layers.display())),

@@ -48,7 +48,7 @@ fn map(dir: &Path, user: &File) -> Result<OwnedFd, Error> {
             ErrorKind::FailedPrecondition,
             format!(
                 "user namespaces need idmapped mounts, which the kernel or the file system of {} \
-                 does not have: {error}",
+                 does not have: {error}; snapshotter \"native\" gives copies their owners instead",
                 dir.display()
             ),
         ),
