@@ -291,7 +291,7 @@ fn network_options(config: &Config) -> gantry_network_cni::Options {
         conf_dir: config.network.conf_dir.clone(),
         bin_dirs,
         timeout: Duration::from_secs(config.timeouts.network_seconds),
-        owner: config.root.clone(),
+        calls_dir: config.state.join("cni"),
         ..Default::default()
     }
 }

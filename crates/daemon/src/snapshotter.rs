@@ -51,12 +51,16 @@ pub fn open(config: &Config) -> Result<Snapshotters> {
             None => left.push(opened),
         }
     }
-    let mounted = gantry_supervisor::mounted_images(&config.state)?;
+    let mounted = gantry_supervisor::mounted_images(&config.state).unwrap_or_else(|error| {
+        // There may be one of any: what they stand on is not taken away, and all else goes on.
+        tracing::error!(%error, "which images are mounted is not known");
+        vec![gantry_supervisor::ImageMount::unknown()]
+    });
     let users = |of: &mut dyn Iterator<Item = &Arc<dyn Snapshotter>>| -> Result<Users> {
         let mut users = Users::default();
         for snapshotter in of {
             let name = snapshotter.name();
-            let mounted = mounted.iter().filter(|mount| mount.snapshotter == name);
+            let mounted = mounted.iter().filter(|mount| mount.stands_on(name));
             users.containers += snapshotter.snapshots()?.len();
             users.mounted += mounted.count();
         }

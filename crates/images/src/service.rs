@@ -140,6 +140,8 @@ pub(crate) struct Inner {
     catalog: RwLock<Arc<Catalog>>,
     /// Held from the reading of the catalog to the publication of the next one.
     pub(crate) changing: Arc<tokio::sync::Mutex<()>>,
+    /// Held while what was removed is deleted.
+    deleting: tokio::sync::Mutex<()>,
     /// The records lag behind the catalog: a change could not be written down.
     behind: AtomicBool,
     /// Records of images that could not be read at the start, for a fault of the disk or of the node
@@ -183,6 +185,7 @@ impl Images {
             ),
             catalog: RwLock::default(),
             changing: Arc::default(),
+            deleting: tokio::sync::Mutex::default(),
             behind: AtomicBool::new(false),
             unread: Mutex::default(),
             usage: Mutex::new(usage),
@@ -267,8 +270,14 @@ impl Images {
         let all = Arc::clone(image);
         blocking("blob look-up", move || work.can_unpack(&all, &wanted)).await?;
         let manifest = image.manifest.digest.clone();
-        let none = &mut Vec::new();
-        drop(install::install(&self.inner, snapshotter, None, &manifest, lease, none).await?);
+        let (inner, wanted) = (self.inner.clone(), snapshotter.clone());
+        to_its_end("layer unpack", async move {
+            let none = &mut Vec::new();
+            let held = install::install(&inner, &wanted, None, &manifest, lease, none).await?;
+            drop(held);
+            Ok(())
+        })
+        .await?;
         let unpacked = self.inner.leases.lease();
         *image.sources.lock().unwrap_or_else(PoisonError::into_inner) = unpacked;
         self.inner.discard(image).await;
@@ -448,6 +457,17 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Worker { what }))
+}
+
+/// Runs work on to its end, also when the caller goes away: what holds layers must not be dropped
+/// while threads of it are at them.
+pub(crate) async fn to_its_end<T: Send + 'static>(
+    what: &'static str,
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work)
         .await
         .unwrap_or(Err(Error::Worker { what }))
 }
@@ -687,7 +707,13 @@ impl Inner {
     /// deleted is tried again by the next.
     pub async fn give_back(self: &Arc<Self>) {
         let work = self.clone();
-        let purge = blocking("deletion", move || work.purge());
+        let purge = blocking("deletion", move || {
+            // Whoever is at it takes everything.
+            match work.deleting.try_lock() {
+                Ok(_alone) => work.purge(),
+                Err(_) => Ok(()),
+            }
+        });
         match tokio::time::timeout(DELETION, purge).await {
             Ok(Err(error)) => tracing::warn!(%error, "space of what was removed is not given back"),
             Ok(Ok(())) => {}

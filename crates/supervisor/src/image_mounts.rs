@@ -32,6 +32,36 @@ pub struct ImageMount {
     pub snapshotter: String,
     /// Chain ids from base to top.
     pub layers: Vec<Digest>,
+    /// What tells the mount from others at its place, by which it may be renamed, too; `None` until
+    /// it is made.
+    pub mount_id: Option<u64>,
+}
+
+impl ImageMount {
+    /// Whether its layers may be of this snapshotter. An older daemon did not say of which.
+    pub fn stands_on(&self, snapshotter: &str) -> bool {
+        self.snapshotter.is_empty() || self.snapshotter == snapshotter
+    }
+
+    /// One that may be anywhere and of anything.
+    pub fn unknown() -> Self {
+        Self {
+            target: PathBuf::new(),
+            image_id: String::new(),
+            snapshotter: String::new(),
+            layers: Vec::new(),
+            mount_id: None,
+        }
+    }
+
+    fn is_there(&self, mounts: &[MountInfo]) -> bool {
+        match self.mount_id {
+            // Who cannot see the mounts takes them all for mounted.
+            _ if mounts.is_empty() => true,
+            Some(id) => mounts.iter().any(|mount| mount.id == id),
+            None => top(mounts, &self.target).is_some(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -76,40 +106,63 @@ impl ImageMounts {
 
     /// Those that are there.
     pub fn all(&self) -> Vec<ImageMount> {
-        let mounts = mountinfo::read().ok();
-        let there = |entry: &&Entry| {
-            let mounts = mounts.as_deref().unwrap_or_default();
-            // Who cannot see the mounts takes them all for mounted.
-            entry.busy || mounts.is_empty() || is_mounted(mounts, &entry.mount.target)
-        };
         let entries = self.lock();
+        let mounts = mountinfo::read().unwrap_or_default();
+        let there = |entry: &&Entry| entry.busy || entry.mount.is_there(&mounts);
         let there = entries.iter().filter(there);
         there.map(|entry| entry.mount.clone()).collect()
     }
 
-    /// Drops those that are mounted no more, and writes the rest down.
-    fn keep(&self, file: &Path, mounts: &[MountInfo]) -> Result<(), Error> {
+    /// Begins a mount: it is written down, and nothing else is mounted at its place.
+    fn begin(&self, file: &Path, mount: ImageMount) -> Result<(), Error> {
         let mut entries = self.lock();
-        entries.retain(|entry| entry.busy || is_mounted(mounts, &entry.mount.target));
-        let all: Vec<Value> = entries.iter().map(|entry| print(&entry.mount)).collect();
-        let written = match all.is_empty() {
-            true => match fs::remove_file(file) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            },
-            false => write_file(file, Value::Array(all).to_string().as_bytes(), 0o600),
-        };
-        written.map_err(|error| Error::io("write down mounted images", file, &error))
+        let mounts = mountinfo::read()?;
+        let target = &mount.target;
+        let busy = |entry: &Entry| entry.busy && entry.mount.target == *target;
+        if top(&mounts, target).is_some() || entries.iter().any(busy) {
+            return Err(Error::State {
+                what: "directory",
+                id: target.display().to_string(),
+                reason: "something is mounted there".to_owned(),
+            });
+        }
+        entries.push(Entry { mount, busy: true });
+        keep(&mut entries, file, &mounts)
     }
 
-    fn set_busy(&self, target: &Path, busy: bool) {
+    /// Ends what [`ImageMounts::begin`] began: with the mount there, or without.
+    fn end(&self, file: &Path, target: &Path, made: bool) -> Result<(), Error> {
         let mut entries = self.lock();
-        for entry in entries.iter_mut() {
-            if entry.mount.target == target {
-                entry.busy = busy;
+        let mounts = mountinfo::read()?;
+        entries.retain_mut(|entry| {
+            if !entry.busy || entry.mount.target != target {
+                return true;
             }
-        }
+            entry.busy = false;
+            entry.mount.mount_id = top(&mounts, target).map(|mount| mount.id);
+            made
+        });
+        keep(&mut entries, file, &mounts)
     }
+}
+
+/// Drops those that are mounted no more, and writes the rest down.
+fn keep(entries: &mut Vec<Entry>, file: &Path, mounts: &[MountInfo]) -> Result<(), Error> {
+    entries.retain(|entry| entry.busy || entry.mount.is_there(mounts));
+    let all: Vec<Value> = entries.iter().map(|entry| print(&entry.mount)).collect();
+    let written = match all.is_empty() {
+        true => match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        },
+        false => write_file(file, Value::Array(all).to_string().as_bytes(), 0o600),
+    };
+    written.map_err(|error| Error::io("write down mounted images", file, &error))
+}
+
+/// What is seen at `target`, if something is mounted there.
+fn top<'a>(mounts: &'a [MountInfo], target: &Path) -> Option<&'a MountInfo> {
+    mounts.iter().rfind(|mount| mount.point == target)
 }
 
 /// The images that are mounted by daemons over this state directory, for one that is yet to start.
@@ -125,7 +178,7 @@ pub fn mounted_images(state: &Path) -> Result<Vec<ImageMount>, Error> {
 fn print(mount: &ImageMount) -> Value {
     let layers: Vec<&str> = mount.layers.iter().map(Digest::as_str).collect();
     json!({ "target": mount.target, "imageID": mount.image_id,
-        "snapshotter": mount.snapshotter, "layers": layers })
+        "snapshotter": mount.snapshotter, "layers": layers, "mountID": mount.mount_id })
 }
 
 fn parse(value: &Value) -> Option<ImageMount> {
@@ -133,15 +186,13 @@ fn parse(value: &Value) -> Option<ImageMount> {
     Some(ImageMount {
         target: value["target"].as_str()?.into(),
         image_id: value["imageID"].as_str()?.to_owned(),
-        snapshotter: value["snapshotter"].as_str()?.to_owned(),
+        // Who did not say may mean any.
+        snapshotter: value["snapshotter"].as_str().unwrap_or_default().to_owned(),
         layers: layers
             .map(|layer| layer.as_str()?.parse().ok())
             .collect::<Option<_>>()?,
+        mount_id: value["mountID"].as_u64(),
     })
-}
-
-fn is_mounted(mounts: &[MountInfo], target: &Path) -> bool {
-    mounts.iter().any(|mount| mount.point == target)
 }
 
 fn invalid(reason: impl ToString) -> Error {
@@ -178,40 +229,26 @@ pub(crate) async fn mount(
             image_id: held.id.clone(),
             snapshotter: snapshotter.name().to_owned(),
             layers: held.layers.clone(),
+            mount_id: None,
         };
         let file = ctx.records.dirs.image_mounts();
-        let mounts = mountinfo::read()?;
-        {
-            let mut entries = ctx.image_mounts.lock();
-            let busy = |entry: &Entry| entry.busy && entry.mount.target == target;
-            if is_mounted(&mounts, &target) || entries.iter().any(busy) {
-                return Err(Error::State {
-                    what: "directory",
-                    id: target.display().to_string(),
-                    reason: "something is mounted there".to_owned(),
-                });
+        ctx.image_mounts.begin(&file, mount.clone())?;
+        let view = || {
+            failpoint::at("image-mount::written")?;
+            let made = snapshotter.view(&mount.layers, &target, Owner::default());
+            made.map_err(Error::step(MOUNT))
+        };
+        let made = view().inspect_err(|_| {
+            // Also what is half there.
+            if let Err(error) = snapshotter.unmount(&target) {
+                tracing::warn!(target = %target.display(), %error, "a mount that failed is left");
             }
-            entries.retain(|entry| entry.mount.target != target);
-            let mount = mount.clone();
-            entries.push(Entry { mount, busy: true });
-        }
-        let mounted = ctx
-            .image_mounts
-            .keep(&file, &mounts)
-            .and_then(|()| failpoint::at("image-mount::written"))
-            .and_then(|()| {
-                snapshotter
-                    .view(&mount.layers, &target, Owner::default())
-                    .map_err(Error::step(MOUNT))
-            });
-        ctx.image_mounts.set_busy(&target, false);
-        if let Err(error) = mounted {
-            // Also what is half there. Its file names it until the next change: nothing is mounted.
-            let undone = snapshotter.unmount(&target);
-            undone.map_err(Error::step(MOUNT))?;
-            let mut entries = ctx.image_mounts.lock();
-            entries.retain(|entry| entry.mount.target != target);
-            return Err(error);
+        });
+        let ended = ctx.image_mounts.end(&file, &target, made.is_ok());
+        made?;
+        if let Err(error) = ended {
+            // It is written down without its id, which does for all but a rename.
+            tracing::warn!(target = %target.display(), %error, "a mount is not written down in full");
         }
         Ok(mount)
     })
@@ -228,8 +265,8 @@ fn directory(ctx: &Context, target: &Path) -> Result<PathBuf, Error> {
         return Err(invalid("is not a directory"));
     }
     // What is mounted there would hide records, layers and sockets.
-    if ctx.owns(&real) {
-        return Err(invalid("is gantry's own"));
+    if ctx.owns(&real) || ctx.is_above_own(&real) {
+        return Err(invalid("is gantry's own, or above it"));
     }
     // What the file in the state directory can name.
     if real.to_str().is_none() {
@@ -248,18 +285,25 @@ pub(crate) async fn unmount(ctx: &Arc<Context>, target: &Path) -> Result<(), Err
             what: "mounted image",
             id: target.display().to_string(),
         };
+        let state = |reason: &str| Error::State {
+            what: "mounted image",
+            id: target.display().to_string(),
+            reason: reason.to_owned(),
+        };
         let found = {
             let mut entries = ctx.image_mounts.lock();
+            let mounts = mountinfo::read()?;
             let entry = entries
                 .iter_mut()
                 .find(|entry| entry.mount.target == target)
                 .ok_or_else(none)?;
             if entry.busy {
-                return Err(Error::State {
-                    what: "mounted image",
-                    id: target.display().to_string(),
-                    reason: "it is being mounted or unmounted".to_owned(),
-                });
+                return Err(state("it is being mounted or unmounted"));
+            }
+            let top = top(&mounts, &target).map(|mount| mount.id);
+            // What somebody else has mounted there, over the view or after it, stays.
+            if top.is_some() && entry.mount.mount_id.is_some() && top != entry.mount.mount_id {
+                return Err(state("something else is mounted there"));
             }
             entry.busy = true;
             entry.mount.clone()
@@ -267,11 +311,10 @@ pub(crate) async fn unmount(ctx: &Arc<Context>, target: &Path) -> Result<(), Err
         let mut snapshotters = ctx.snapshotters.iter();
         // Not that of one which is no longer configured: a mount is anybody's to take away.
         let unmounted = snapshotters.try_for_each(|all| all.unmount(&target));
-        ctx.image_mounts.set_busy(&target, false);
-        unmounted.map_err(Error::step(UNMOUNT))?;
-        let mounts = mountinfo::read()?;
         let file = ctx.records.dirs.image_mounts();
-        ctx.image_mounts.keep(&file, &mounts)?;
+        let ended = ctx.image_mounts.end(&file, &target, unmounted.is_err());
+        unmounted.map_err(Error::step(UNMOUNT))?;
+        ended?;
         Ok(!matches!(ctx.images.status(&found.image_id), Ok(Some(_))))
     })
     .await?;
@@ -294,17 +337,30 @@ mod tests {
             image_id: "sha256:x".to_owned(),
             snapshotter: "native".to_owned(),
             layers: vec![Digest::sha256([1; 32]), Digest::sha256([2; 32])],
+            mount_id: None,
         };
         let mounts = ImageMounts::default();
         mounts.load(&file).unwrap();
         assert!(mounts.all().is_empty());
-        let (there, gone) = (mount("/there \"quoted\""), mount("/gone"));
-        for mount in [&there, &gone] {
+        let with_id = |target: &str, id| ImageMount {
+            mount_id: Some(id),
+            ..mount(target)
+        };
+        let there = [
+            mount("/there \"quoted\""),
+            with_id("/before-its-rename", 31),
+        ];
+        let gone = [mount("/gone"), with_id("/another-is-there-now", 7)];
+        for mount in there.iter().chain(&gone) {
             let mount = mount.clone();
             mounts.lock().push(Entry { mount, busy: false });
         }
-        let table = "30 22 0:25 / /there\\040\"quoted\" ro - overlay overlay ro\n";
-        mounts.keep(&file, &mountinfo::parse(table)).unwrap();
+        let table = "\
+30 22 0:25 / /there\\040\"quoted\" ro - overlay overlay ro
+31 22 0:26 / /renamed ro - overlay overlay ro
+32 22 0:27 / /another-is-there-now ro - overlay overlay ro
+";
+        keep(&mut mounts.lock(), &file, &mountinfo::parse(table)).unwrap();
         let again = ImageMounts::default();
         again.load(&file).unwrap();
         let left: Vec<_> = again
@@ -312,7 +368,7 @@ mod tests {
             .iter()
             .map(|entry| entry.mount.clone())
             .collect();
-        assert_eq!(left, [there]);
+        assert_eq!(left, there);
         for bad in [
             "",
             "{}",
@@ -325,7 +381,7 @@ mod tests {
                 gantry_types::Kind::kind(&error),
                 gantry_types::ErrorKind::Internal
             );
-            assert_eq!(again.lock().len(), 1, "{bad}");
+            assert_eq!(again.lock().len(), 2, "{bad}");
         }
     }
 }

@@ -86,13 +86,21 @@ pub struct Stdio {
 impl Context {
     /// Whether a path, its links resolved, lies in gantry's own directories.
     pub(crate) fn owns(&self, path: &Path) -> bool {
+        self.own_dirs().any(|dir| path.starts_with(dir))
+    }
+
+    /// Whether gantry's own directories, or one of them, lie in a directory.
+    pub(crate) fn is_above_own(&self, path: &Path) -> bool {
+        self.own_dirs().any(|dir| dir.starts_with(path))
+    }
+
+    /// Also where they are by another name, links resolved.
+    fn own_dirs(&self) -> impl Iterator<Item = PathBuf> {
         let settings = &self.settings;
         let dirs = [&settings.root, &settings.state, &settings.image_root];
         dirs.into_iter()
-            // Where they are by another name, links resolved.
             .flat_map(|dir| [Some(dir.clone()), std::fs::canonicalize(dir).ok()])
             .flatten()
-            .any(|dir| path.starts_with(dir))
     }
 
     /// The snapshotter of containers of a pod with this runtime handler.
@@ -138,7 +146,7 @@ impl Context {
             .filter(|container| stands_on(&container.facts.record, snapshotter))
             .flat_map(|container| chains(&container.facts.record));
         let mounted = self.image_mounts.all().into_iter();
-        let mounted = mounted.filter(|mount| mount.snapshotter == snapshotter);
+        let mounted = mounted.filter(|mount| mount.stands_on(snapshotter));
         layers
             .chain(mounted.flat_map(|mount| mount.layers))
             .collect()

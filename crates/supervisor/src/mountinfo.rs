@@ -10,6 +10,8 @@ const PATH: &str = "/proc/self/mountinfo";
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MountInfo {
+    /// Unique among the mounts that there are.
+    pub id: u64,
     pub point: PathBuf,
     /// It passes events on (`shared:`).
     pub shared: bool,
@@ -20,19 +22,21 @@ pub(crate) struct MountInfo {
 /// All mounts; later ones cover earlier ones at the same point. Asks no file system, so that one
 /// that hangs holds up nobody.
 pub(crate) fn read() -> Result<Vec<MountInfo>, Error> {
-    let text = fs::read_to_string(PATH)
-        .map_err(|error| Error::io("read mounts", Path::new(PATH), &error))?;
-    Ok(parse(&text))
+    let text = fs::read(PATH).map_err(|error| Error::io("read mounts", Path::new(PATH), &error))?;
+    // Somebody's mount point may be no text.
+    Ok(parse(&String::from_utf8_lossy(&text)))
 }
 
 pub(crate) fn parse(table: &str) -> Vec<MountInfo> {
     let mounts = table.lines().filter_map(|line| {
         let (head, _) = line.split_once(" - ")?;
         let mut fields = head.split(' ');
-        let point = fields.nth(4).map(|field| PathBuf::from(unescape(field)))?;
+        let id = fields.next()?.parse().ok()?;
+        let point = fields.nth(3).map(|field| PathBuf::from(unescape(field)))?;
         let optional: Vec<_> = fields.skip(1).collect();
         let has = |tag| optional.iter().any(|field| field.starts_with(tag));
         Some(MountInfo {
+            id,
             point,
             shared: has("shared:"),
             slave: has("master:"),

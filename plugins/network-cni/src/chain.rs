@@ -52,12 +52,12 @@ impl Record {
     }
 }
 
-/// Where plugins are, how long one may take, and whose they are.
+/// Where plugins are, how long one may take, and where calls are noted.
 #[derive(Clone, Debug)]
 pub struct Plugins {
     pub bin_dirs: Vec<PathBuf>,
     pub limit: Duration,
-    pub owner: PathBuf,
+    pub calls_dir: PathBuf,
 }
 
 impl Plugins {
@@ -200,7 +200,7 @@ impl Plugins {
             network: &network.name,
             plugin,
             command,
-            owner: self.owner.as_os_str(),
+            calls_dir: &self.calls_dir,
             env,
             stdin: Value::Object(config).to_string().into_bytes(),
         };

@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
 use crate::error::Error;
-use crate::leftovers;
+use crate::leftovers::{self, Noted};
 
 /// Largest answer that is read.
 const MAX_STDOUT: usize = 1 << 20;
@@ -37,8 +37,8 @@ pub struct Call<'a> {
     /// Name of the executable; checked to be a file name.
     pub plugin: &'a str,
     pub command: &'static str,
-    /// For the next daemon, should this one be killed ([`leftovers`]).
-    pub owner: &'a OsStr,
+    /// Where the call is noted for the next daemon, should this one be killed ([`leftovers`]).
+    pub calls_dir: &'a Path,
     /// `CNI_*` beyond command and path.
     pub env: &'a [(&'static str, OsString)],
     pub stdin: Vec<u8>,
@@ -81,7 +81,8 @@ impl Call<'_> {
 /// after `limit`, others when it could not be run or answered beyond all bounds.
 pub async fn run(bin_dirs: &[PathBuf], limit: Duration, call: Call<'_>) -> Result<Vec<u8>, Error> {
     let path = find(bin_dirs, &call)?;
-    let mut child = spawn(&path, bin_dirs, &call).await?;
+    let noted = Noted::new(call.calls_dir);
+    let mut child = spawn(&path, bin_dirs, &call, noted.as_ref()).await?;
     // From here on every way out kills the group, until the child has ended in good order.
     let mut group = Group::of(&child);
     let Some(pid) = group.leader else {
@@ -150,7 +151,12 @@ fn find(bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<PathBuf, Error> {
         })
 }
 
-async fn spawn(path: &Path, bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<Child, Error> {
+async fn spawn(
+    path: &Path,
+    bin_dirs: &[PathBuf],
+    call: &Call<'_>,
+    noted: Option<&Noted>,
+) -> Result<Child, Error> {
     let dirs: Vec<&[u8]> = bin_dirs
         .iter()
         .map(|dir| dir.as_os_str().as_bytes())
@@ -159,7 +165,7 @@ async fn spawn(path: &Path, bin_dirs: &[PathBuf], call: &Call<'_>) -> Result<Chi
     command
         .env_clear()
         .env("PATH", PATH)
-        .envs((!call.owner.is_empty()).then_some((leftovers::OWNER, call.owner)))
+        .envs(noted.map(|noted| (leftovers::CALL, noted.path())))
         .env("CNI_COMMAND", call.command)
         .env("CNI_PATH", OsStr::from_bytes(&dirs.join(&b':')))
         .envs(call.env.iter().map(|(name, value)| (name, value)))

@@ -48,9 +48,9 @@ pub struct Options {
     pub bin_dirs: Vec<PathBuf>,
     /// How long one call of one plugin may take before its process group is killed.
     pub timeout: Duration,
-    /// Whose plugins these are: the root directory of this daemon, which no other has at the same
-    /// time. Those that an earlier one left running are ended at the start. Empty: nobody's.
-    pub owner: PathBuf,
+    /// Directory of this daemon alone, of this boot, where calls under way are noted: the plugins of
+    /// those that a killed daemon left are ended at the start. Empty: none are.
+    pub calls_dir: PathBuf,
     /// How often plugins of CNI 1.1 are asked for their status.
     pub status_interval: Duration,
 }
@@ -62,7 +62,7 @@ impl Default for Options {
             bin_dirs: vec!["/opt/cni/bin".into()],
             // A kubelet gives RunPodSandbox four minutes; ADD and the DEL after it must fit.
             timeout: Duration::from_secs(100),
-            owner: PathBuf::new(),
+            calls_dir: PathBuf::new(),
             status_interval: Duration::from_secs(10),
         }
     }
@@ -99,12 +99,14 @@ impl Cni {
     pub fn start(options: Options) -> Result<Self, gantry_ports::Error> {
         let runtime = tokio::runtime::Handle::try_current()
             .map_err(|error| Error::Start(error.to_string()))?;
-        leftovers::end(options.owner.as_os_str());
+        if let Err(error) = leftovers::end(&options.calls_dir) {
+            tracing::warn!(%error, "CNI plugins of a killed gantryd may be left");
+        }
         let shared = Arc::new(Shared {
             plugins: Plugins {
                 bin_dirs: options.bin_dirs.clone(),
                 limit: options.timeout,
-                owner: options.owner.clone(),
+                calls_dir: options.calls_dir.clone(),
             },
             state: RwLock::new(State {
                 loaded: conf_dir::load(&options.conf_dir).map(Arc::new),

@@ -34,7 +34,7 @@ impl Node {
             bin_dirs: vec![self.path("no-such-dir"), self.path("bin")],
             timeout: Duration::from_secs(60),
             status_interval: Duration::from_millis(100),
-            owner: PathBuf::new(),
+            calls_dir: PathBuf::new(),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::document::{
 };
 use crate::install;
 use crate::reference::Reference;
-use crate::service::{Images, Inner, blocking};
+use crate::service::{Images, Inner, blocking, to_its_end};
 use crate::{Error, Result};
 
 /// Deepest nesting of indexes.
@@ -104,22 +104,33 @@ impl Images {
             Ok((files, found))
         })
         .await?;
-        let brought = files.digests();
-        let lease = files.into_lease();
-        let result = match found {
-            Ok(found) => adopt(&self.inner, found, unpack).await.map_err(of_archive),
-            Err(error) => Err(error),
-        };
-        drop(lease);
-        // What no image needed: the archive's own files, other platforms, all of a bad archive.
-        let dropped = self.inner.drop_blobs(brought).await;
-        match (result, dropped) {
-            (Ok(names), dropped) => dropped.map(|()| names),
-            (Err(error), Ok(())) => Err(error),
-            (Err(error), Err(second)) => {
-                tracing::warn!(error = %second, "blobs of a failed import stay until collection");
-                Err(error)
-            }
+        let inner = self.inner.clone();
+        to_its_end("image import", take_over(inner, files, found, unpack)).await
+    }
+}
+
+/// Records what was found, and drops what no image needed: the archive's own files, other platforms,
+/// all of a bad archive.
+async fn take_over(
+    inner: Arc<Inner>,
+    files: Files,
+    found: Result<Vec<Found>>,
+    unpack: bool,
+) -> Result<Vec<String>> {
+    let brought = files.digests();
+    let lease = files.into_lease();
+    let result = match found {
+        Ok(found) => adopt(&inner, found, unpack).await.map_err(of_archive),
+        Err(error) => Err(error),
+    };
+    drop(lease);
+    let dropped = inner.drop_blobs(brought).await;
+    match (result, dropped) {
+        (Ok(names), dropped) => dropped.map(|()| names),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(second)) => {
+            tracing::warn!(error = %second, "blobs of a failed import stay until collection");
+            Err(error)
         }
     }
 }

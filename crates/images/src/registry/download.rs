@@ -130,7 +130,8 @@ impl Session {
                     None => Ok(()),
                 };
                 if local {
-                    let followed = give_up(&partial, reader).await?;
+                    let followed =
+                        give_up(&partial, reader, self.settings.progress_timeout).await?;
                     // A reader that wants no more knows better why.
                     return match (followed, kept) {
                         (Some(error), _) if partial.is_unwanted() => Err(error),
@@ -177,7 +178,7 @@ impl Session {
                 }
             }
         }
-        give_up(&partial, reader).await?;
+        give_up(&partial, reader, self.settings.progress_timeout).await?;
         Err(failures.into_error(&self.reference))
     }
 
@@ -393,12 +394,17 @@ async fn verified(content: &Content, partial: &Arc<Partial>) -> Result<()> {
 async fn give_up<T: Send + 'static>(
     partial: &Partial,
     reader: Option<JoinHandle<Followed<T>>>,
+    limit: Duration,
 ) -> Result<Option<Error>> {
     partial.end();
     let Some(reader) = reader else {
         return Ok(None);
     };
-    match read(reader).await? {
+    // One that unpacks to a disk that hangs ends when the disk does, and then clears up by itself.
+    let Ok(followed) = tokio::time::timeout(limit, read(reader)).await else {
+        return Ok(None);
+    };
+    match followed? {
         Followed::Ended(error) => Ok(Some(error)),
         Followed::Whole(value) => {
             drop_elsewhere(value).await;

@@ -191,6 +191,8 @@ fn a_mounted_image_stays_until_it_is_unmounted() {
         );
         let own = node.daemon.places().root.join("content");
         refused(&["mount", &image, own.to_str().unwrap()], "gantry's own");
+        let above = node.daemon.places().root.parent().unwrap();
+        refused(&["mount", &image, above.to_str().unwrap()], "or above it");
         refused(&["mount", &image, "/proc"], "something is mounted there");
         refused(&["unmount", &at], "not found");
 
@@ -225,6 +227,23 @@ fn a_mounted_image_stays_until_it_is_unmounted() {
         let (code, _, said) = gantryctl.image(&["unmount", &at]);
         assert_eq!(code, 0, "{said}");
         assert!(!shell.exists() && names(&layers).is_empty());
+
+        // What somebody else mounts there, over the view or in its place, stays.
+        node.busybox().await;
+        assert_eq!(gantryctl.image(&["mount", &image, &at]).0, 0);
+        let tmpfs = || {
+            let flags = nix::mount::MsFlags::empty();
+            nix::mount::mount(Some("t"), &view, Some("tmpfs"), flags, None::<&str>).unwrap();
+            std::fs::write(view.join("theirs"), "").unwrap();
+            refused(&["unmount", &at], "something else is mounted there");
+            assert!(view.join("theirs").exists());
+            nix::mount::umount(&view).unwrap();
+        };
+        tmpfs();
+        assert!(shell.exists());
+        nix::mount::umount(&view).unwrap();
+        tmpfs();
+        assert_eq!(gantryctl.image(&["unmount", &at]).0, 0);
 
         // By somebody who does not know of us.
         node.busybox().await;

@@ -16,6 +16,9 @@ const FAST: Duration = Duration::from_secs(5);
 /// A call that waits for what hangs ends with that call's own deadline and those of its undo.
 const BOUND: Duration = Duration::from_secs(60);
 
+/// Writes without end, but not before its start is answered.
+const WHEN_TOLD: &str = "while [ ! -e /tmp/go ]; do sleep 0.1; done; exec yes";
+
 async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = T>) -> T {
     let began = Instant::now();
     let done = work.await;
@@ -117,10 +120,11 @@ fn four_pods_that_are_stuck_delay_no_other() {
 
         // A disk for logs that takes nothing more.
         let stalled = node.host_pod("stalled").await;
-        let mut config = script_config("c", &image, "yes");
+        let mut config = script_config("c", &image, WHEN_TOLD);
         config.log_path = "full.log".to_owned();
         let log = stalled_log(&node.log_dir("stalled").join("full.log"));
         let in_stalled = node.run(&stalled, &config).await;
+        node.sh(&in_stalled, "touch /tmp/go").await;
 
         others_live(node, &image, "beside").await;
         assert!(!in_plugin.is_finished() && !in_runtime.is_finished());
