@@ -46,6 +46,8 @@ pub enum Phase {
 pub struct Death {
     pub ended: Ended,
     pub at: i64,
+    /// Nobody knows how.
+    pub unknown: bool,
 }
 
 /// A process that we can signal.
@@ -54,6 +56,8 @@ pub struct Process {
     pub process: ProcessRef,
     /// `None` if it had ended before we could open it.
     pub pidfd: Option<PidFd>,
+    /// Started by a shim before us: not our child, its end comes by its descriptor.
+    pub adopted: bool,
 }
 
 /// A process that the daemon has run in the container.
@@ -180,7 +184,7 @@ impl Container {
     }
 
     fn close_stream(&mut self, kind: Kind, buffers: &mut Buffers) {
-        if let Some(stream) = self.stream(kind).take() {
+        if let Some(mut stream) = self.stream(kind).take() {
             stream.finish(self.log.as_mut(), buffers);
         }
     }

@@ -5,15 +5,19 @@
 //!  |-- writes uid_map, gid_map             |
 //!  |-- GO ------------------------------->  becomes root of its user namespace; raises lo;
 //!  |                                        sets host name and sysctls; empty root;
-//!  |                                        drops capabilities; no_new_privs; death signal;
-//!  |                                        seccomp
+//!  |                                        drops capabilities; no_new_privs; seccomp
 //!  |  <----------------------- OK or text   |
 //!  |-- pins namespaces                      |
-//!  |-- GO ------------------------------->  closes everything, gives its memory back, sleeps
+//!  |-- GO ------------------------------->  closes everything but the channel
+//!  |   (the daemon has it on record)        |
+//!  |-- GO ------------------------------->  closes that, gives its memory back, sleeps
 //! ```
 //!
-//! The end of the channel at any point ends the holder, which covers a shim that dies before the
-//! death signal is set. As PID 1 of a shared PID namespace it reaps by ignoring SIGCHLD.
+//! The end of the channel at any point ends the holder: one that nobody has on record never outlives
+//! its shim. One that is on record does, so that another shim can take the pod over ([`adopt`]). As
+//! PID 1 of a shared PID namespace it reaps by ignoring SIGCHLD.
+//!
+//! [`adopt`]: Holder::adopt
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +29,7 @@ use std::time::Duration;
 use gantry_shim_api::v1;
 use gantry_sys::clone::{Child, Namespaces};
 use gantry_sys::memory::Ranges;
+use gantry_sys::pidfd::PidFd;
 use gantry_sys::{caps, namespace, process, seccomp, signal};
 use gantry_types::ProcessRef;
 
@@ -34,14 +39,25 @@ use crate::error::Error;
 const GO: u8 = b'g';
 const OK: u8 = 0;
 
+/// The channel's descriptor in the holder: standard output.
+const CHANNEL: u32 = 1;
+
 /// How long the holder may take to prepare itself: it only writes to /proc and mounts a tmpfs.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long a holder that was killed may take to end: with it ends every process of a shared PID
+/// namespace.
+const END_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long killed processes may take to leave a cgroup.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 
 pub struct Holder {
     child: Child,
+    /// Its end is the holder's, until it is let go.
+    channel: Option<UnixStream>,
+    /// Made by a shim before us: not our child.
+    pub adopted: bool,
     pub process: ProcessRef,
     pub alive: bool,
     pins: Vec<PathBuf>,
@@ -58,14 +74,7 @@ impl Holder {
         let sysctls = sysctls(spec)?;
         let dirs: Vec<PathBuf> = spec.cgroup_dirs.iter().map(PathBuf::from).collect();
         cgroup::check(&dirs)?;
-        let namespaces = Namespaces {
-            user: !spec.uid_mappings.is_empty(),
-            net: !spec.netns_path.is_empty(),
-            ipc: spec.new_ipc,
-            uts: spec.new_uts,
-            pid: spec.new_pid,
-            mount: true,
-        };
+        let namespaces = namespaces(spec);
         // On v2 the holder is born in its cgroup. The move that v1 needs takes milliseconds:
         // `join_cgroups` does it when the daemon has its answer (`Shim::settle`).
         let mut born = None;
@@ -85,7 +94,7 @@ impl Holder {
             }
         }
         let child = clone(spec, namespaces, &sysctls, born.as_ref());
-        let (child, channel) = match child {
+        let (child, mut channel) = match child {
             Ok(started) => started,
             Err(e) => {
                 cgroup::remove(&made, REMOVE_PATIENCE);
@@ -98,6 +107,8 @@ impl Holder {
         };
         let mut holder = Self {
             child,
+            channel: None,
+            adopted: false,
             process,
             alive: true,
             pins: Vec::new(),
@@ -105,8 +116,11 @@ impl Holder {
             cgroups: made,
             pending,
         };
-        match holder.prepare(spec, namespaces, channel) {
-            Ok(()) => Ok(holder),
+        match holder.prepare(spec, namespaces, &mut channel) {
+            Ok(()) => {
+                holder.channel = Some(channel);
+                Ok(holder)
+            }
             Err(e) => {
                 holder.teardown();
                 Err(e)
@@ -114,11 +128,54 @@ impl Holder {
         }
     }
 
+    /// Takes over the holder of a shim that has died, which `spec` describes. Not our child: its end
+    /// comes by its descriptor ([`Holder::pidfd`]). After an error the pod is as it was.
+    pub fn adopt(spec: &v1::Holder, process: ProcessRef) -> Result<Self, Error> {
+        let dirs: Vec<PathBuf> = spec.cgroup_dirs.iter().map(PathBuf::from).collect();
+        cgroup::check(&dirs)?;
+        let pidfd = PidFd::open_process(process).map_err(Error::call("open the pod's holder"))?;
+        if !process::alive(process) {
+            let message = "the pod's holder has died".to_owned();
+            return Err(Error::FailedPrecondition(message));
+        }
+        let pins = pins(spec).into_iter().map(|(_, path)| path).collect();
+        Ok(Self {
+            child: Child {
+                pid: process.pid,
+                pidfd,
+            },
+            channel: None,
+            adopted: true,
+            process,
+            alive: true,
+            pins,
+            mapped_root: mapped_root(spec),
+            cgroups: Vec::new(),
+            // The shim before us may have died before it came to that; a second time is nothing.
+            pending: dirs,
+        })
+    }
+
+    /// To be watched for the end of a holder that is not our child.
+    pub fn pidfd(&self) -> &PidFd {
+        &self.child.pidfd
+    }
+
+    /// It is on record: from now on it lives until it is killed.
+    pub fn keep(&mut self) -> Result<(), Error> {
+        match self.channel.take() {
+            Some(mut channel) => channel
+                .write_all(&[GO])
+                .map_err(Error::call("let the holder go")),
+            None => Ok(()),
+        }
+    }
+
     fn prepare(
         &mut self,
         spec: &v1::Holder,
         namespaces: Namespaces,
-        mut channel: UnixStream,
+        channel: &mut UnixStream,
     ) -> Result<(), Error> {
         let pid = self.child.pid;
         self.process =
@@ -131,7 +188,7 @@ impl Holder {
             .map_err(Error::call("set the holder's OOM score"))?;
         let talk = Error::call("talk to the holder");
         let patience = |channel: &UnixStream| channel.set_read_timeout(Some(PATIENCE));
-        patience(&channel)
+        patience(channel)
             .and_then(|()| channel.write_all(&[GO]))
             .map_err(talk)?;
         let mut verdict = Vec::new();
@@ -146,20 +203,8 @@ impl Holder {
             let text = String::from_utf8_lossy(&verdict).into_owned();
             return Err(Error::FailedPrecondition(text));
         }
-        for (made, name, path) in [
-            (namespaces.net, "net", PathBuf::from(&spec.netns_path)),
-            (namespaces.ipc, "ipc", Path::new(&spec.pin_dir).join("ipc")),
-            (namespaces.uts, "uts", Path::new(&spec.pin_dir).join("uts")),
-            (namespaces.pid, "pid", Path::new(&spec.pin_dir).join("pid")),
-            (
-                namespaces.user,
-                "user",
-                Path::new(&spec.pin_dir).join("user"),
-            ),
-        ] {
-            if made {
-                self.pin(name, path)?;
-            }
+        for (name, path) in pins(spec) {
+            self.pin(name, path)?;
         }
         channel
             .write_all(&[GO])
@@ -203,7 +248,12 @@ impl Holder {
         self.kill();
         if self.alive {
             self.alive = false;
-            if let Err(e) = self.child.pidfd.wait() {
+            let pidfd = &self.child.pidfd;
+            let ended = match self.adopted {
+                true => pidfd.wait_ended(END_PATIENCE).map(drop),
+                false => pidfd.wait().map(drop),
+            };
+            if let Err(e) = ended {
                 crate::report!("wait for the holder: {e}");
             }
         }
@@ -220,6 +270,33 @@ impl Holder {
         }
         cgroup::remove(&std::mem::take(&mut self.cgroups), REMOVE_PATIENCE);
     }
+}
+
+/// The namespaces that are made, beside that of its mounts.
+fn namespaces(spec: &v1::Holder) -> Namespaces {
+    Namespaces {
+        user: !spec.uid_mappings.is_empty(),
+        net: !spec.netns_path.is_empty(),
+        ipc: spec.new_ipc,
+        uts: spec.new_uts,
+        pid: spec.new_pid,
+        mount: true,
+    }
+}
+
+/// The namespaces that get a name, and where.
+fn pins(spec: &v1::Holder) -> Vec<(&'static str, PathBuf)> {
+    let made = namespaces(spec);
+    let dir = Path::new(&spec.pin_dir);
+    let all = [
+        (made.net, "net", PathBuf::from(&spec.netns_path)),
+        (made.ipc, "ipc", dir.join("ipc")),
+        (made.uts, "uts", dir.join("uts")),
+        (made.pid, "pid", dir.join("pid")),
+        (made.user, "user", dir.join("user")),
+    ];
+    let made = all.into_iter().filter(|(made, ..)| *made);
+    made.map(|(_, name, path)| (name, path)).collect()
 }
 
 /// The cgroup's directory if the holder can be born in it: the first one on v2. Makes it.
@@ -268,7 +345,14 @@ fn live(
     sysctls: &[(String, PathBuf, String)],
     channel: UnixStream,
 ) -> i32 {
-    let go = || gantry_sys::io::read(&channel, &mut [0]).is_ok_and(|count| count == 1);
+    // Where it can stay when all else is closed: the filter leaves no way to move it.
+    if process::replace_stdio(&channel, CHANNEL).is_err() {
+        return 1;
+    }
+    drop(channel);
+    let channel = std::io::stdout();
+    let channel = channel.as_fd();
+    let go = || gantry_sys::io::read(channel, &mut [0]).is_ok_and(|count| count == 1);
     if !go() {
         return 1;
     }
@@ -276,17 +360,21 @@ fn live(
         Ok(ranges) => ranges,
         Err(text) => {
             // The shim hears the end of the channel in any case.
-            let _ = gantry_sys::io::write(&channel, text.as_bytes());
+            let _ = gantry_sys::io::write(channel, text.as_bytes());
             return 1;
         }
     };
     // read(2) and write(2) are all that the filter leaves for the channel: no recv, no send.
-    let told = gantry_sys::io::write(&channel, &[OK]).is_ok();
+    let told = gantry_sys::io::write(channel, &[OK]).is_ok();
     if !told || !go() {
         return 1;
     }
+    let _ = process::close_from(CHANNEL + 1);
+    if !go() {
+        return 1;
+    }
     // All but the sysfs.
-    let _ = process::close_from(1);
+    let _ = process::close_from(CHANNEL);
     gantry_sys::memory::pause_forever(ranges)
 }
 
@@ -325,7 +413,6 @@ fn enter(
     // In a shared PID namespace the pod's containers see this process, and root there without
     // capabilities of note would be its equal: /proc/1/exe must not lead it to the shim's binary.
     process::set_not_dumpable().map_err(step("forbid dumping"))?;
-    process::die_with_parent().map_err(step("set death signal"))?;
     seccomp::only_wait().map_err(step("install seccomp filter"))?;
     Ok(ranges)
 }

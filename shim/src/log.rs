@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use gantry_sys::memory::PageBuffer;
@@ -17,6 +17,9 @@ pub const MAX_LINE: usize = 16 << 10;
 
 /// Space for records before they are written.
 pub const BATCH: usize = 128 << 10;
+
+/// More than the longest record.
+const TAIL: u64 = 32 << 10;
 
 /// Which stream a record is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +71,35 @@ impl LogFile {
             dropped: 0,
             failing: false,
         })
+    }
+
+    /// Opens the log of a container that a shim has written to which was killed: a record that it
+    /// had not finished is cut off, so that ours do not run into it.
+    pub fn take_over(path: &Path) -> Result<Self, Error> {
+        let log = Self::open(path)?;
+        log.mend().map_err(Error::io("mend log file", path))?;
+        Ok(log)
+    }
+
+    fn mend(&self) -> io::Result<()> {
+        let reader = File::options()
+            .read(true)
+            .custom_flags(O_NOFOLLOW)
+            .open(&self.path)?;
+        let len = reader.metadata()?.size();
+        let looked_at = TAIL.min(len);
+        let mut tail = vec![0; looked_at as usize];
+        reader.read_exact_at(&mut tail, len - looked_at)?;
+        let unfinished = match memchr::memrchr(b'\n', &tail) {
+            Some(at) => tail.len() - at - 1,
+            // No record is as long as that: this is not what a shim writes.
+            None if looked_at == TAIL => 0,
+            None => tail.len(),
+        };
+        if unfinished > 0 {
+            self.file.set_len(len - unfinished as u64)?;
+        }
+        Ok(())
     }
 
     /// Goes on in a new file of the same name; keeps the old one if that cannot be opened.
@@ -307,6 +339,27 @@ mod tests {
                 (rest[0] as char, rest[2..].to_vec())
             })
             .collect()
+    }
+
+    #[test]
+    fn a_record_that_was_cut_off_by_a_kill_goes_before_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let long = "x".repeat(70 << 10);
+        for (text, left) in [
+            ("", ""),
+            ("whole\n", "whole\n"),
+            ("whole\npart", "whole\n"),
+            ("part", ""),
+            (long.as_str(), long.as_str()),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            LogFile::take_over(&path).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), left);
+        }
+        std::fs::remove_file(&path).unwrap();
+        LogFile::take_over(&path).unwrap();
+        assert!(path.exists());
     }
 
     #[test]

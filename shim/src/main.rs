@@ -16,6 +16,7 @@ use gantry_runtime::Runtime;
 use gantry_shim_api::{read_frame, v1, write_frame};
 use gantry_sys::{failpoint, process, signal};
 
+mod adopt;
 mod attach;
 mod call;
 mod cgroup;
@@ -103,7 +104,15 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
         .map_err(Error::call("set OOM score"))?;
     signal::survive_signals().map_err(Error::call("handle signals"))?;
     let children = signal::ChildSignal::block().map_err(Error::call("block SIGCHLD"))?;
-    let mut holder = Holder::start(&spec)?;
+    if bootstrap.open_files > 0 {
+        // The daemon needs more than containers are to inherit.
+        process::set_open_files(bootstrap.open_files)
+            .map_err(Error::call("set limit of open files"))?;
+    }
+    let mut holder = match bootstrap.adopt {
+        Some(process) => Holder::adopt(&spec, process.into())?,
+        None => Holder::start(&spec)?,
+    };
     ready.shim = Some(own.into());
     ready.holder = Some(holder.process.into());
     let mut runtime = Runtime::new(wanted.binary);

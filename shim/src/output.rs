@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
+use gantry_sys::epoll::{Epoll, EventFlags};
 use gantry_sys::memory::PageBuffer;
 
 use crate::clock::{self, Clock};
@@ -56,6 +58,7 @@ pub struct Stream {
     pub kind: Kind,
     /// The unfinished last line, at most `log::MAX_LINE` bytes; no memory when empty.
     partial: Vec<u8>,
+    watched: Option<Rc<Epoll>>,
 }
 
 impl Stream {
@@ -64,7 +67,15 @@ impl Stream {
             fd,
             kind,
             partial: Vec::new(),
+            watched: None,
         }
+    }
+
+    /// Has `epoll` tell when something can be read.
+    pub fn watch(&mut self, epoll: &Rc<Epoll>, token: u64) -> io::Result<()> {
+        epoll.add(&self.fd, token, EventFlags::IN)?;
+        self.watched = Some(Rc::clone(epoll));
+        Ok(())
     }
 
     /// Takes one read's worth to the log; without a log the output is read and dropped. Writing
@@ -88,13 +99,22 @@ impl Stream {
     }
 
     /// Writes an unterminated last line.
-    pub fn finish(mut self, log: Option<&mut LogFile>, buffers: &mut Buffers) {
+    pub fn finish(&mut self, log: Option<&mut LogFile>, buffers: &mut Buffers) {
         if let Some(log) = log
             && !self.partial.is_empty()
         {
             buffers.used = true;
             let stamp = buffers.clock.format(clock::now());
             Writer::new(log, &mut buffers.records, stamp, self.kind).end(&mut self.partial);
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // The daemon may have a duplicate, for which the kernel would go on telling us.
+        if let Some(epoll) = &self.watched {
+            let _ = epoll.remove(&self.fd);
         }
     }
 }

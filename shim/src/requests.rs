@@ -22,7 +22,7 @@ use crate::container::{Container, Deletion, Exec, Phase, Process};
 use crate::error::Error;
 use crate::log::{Kind, LogFile};
 use crate::output::Stream;
-use crate::shim::Shim;
+use crate::shim::{EXIT_FILE, Shim};
 use crate::{cgroup, clock, tree};
 
 /// Execs that may run in one container at a time.
@@ -31,12 +31,12 @@ const MAX_EXECS: usize = 1024;
 /// What a shutdown grants the runtime before containers are taken down without it.
 const SHUTDOWN_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 
-fn done() -> Body {
+pub fn done() -> Body {
     Body::Done(v1::Done {})
 }
 
 /// Names become parts of paths and arguments of the runtime.
-fn check_name(what: &str, name: &str) -> Result<(), Error> {
+pub fn check_name(what: &str, name: &str) -> Result<(), Error> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
     let good =
         (1..=128).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with(['.', '-']);
@@ -103,11 +103,14 @@ impl Shim {
             Ask::KillExec(kill) => self.kill_exec(&kill).map(|()| Some(done())),
             Ask::ResizePty(resize) => self.resize_pty(&resize).map(|()| Some(done())),
             Ask::Ack(ack) => self.find(&ack.container_id).map(|_| Some(done())),
+            Ask::KeepHolder(_) => self.keep_holder(asker).map(|()| None),
+            Ask::Custody(custody) => self.custody(asker, &custody).map(|()| None),
+            Ask::Adopt(adopt) => self.adopt(asker, adopt, fds).map(|()| None),
             Ask::Shutdown(_) => self.begin_shutdown(asker).map(|()| None),
         }
     }
 
-    fn find(&mut self, id: &str) -> Result<&mut Container, Error> {
+    pub fn find(&mut self, id: &str) -> Result<&mut Container, Error> {
         self.containers
             .values_mut()
             .find(|c| c.id() == id)
@@ -199,7 +202,7 @@ impl Shim {
         let streams = open_streams(&mut container, &self.run_dir, owner)?;
         let pid_file = bundle.join("pid");
         // What an earlier attempt in the same bundle left must not be read as this one's.
-        for stale in [&pid_file, &bundle.join("exit")] {
+        for stale in [&pid_file, &bundle.join(EXIT_FILE)] {
             remove(stale).map_err(Error::io("remove", stale))?;
         }
         let log = self.runtime_log(&bundle);
@@ -298,8 +301,8 @@ impl Shim {
         rest: Vec<Invocation>,
         result: Result<(), Error>,
     ) {
-        match result.and_then(|()| self.adopt(number, rest)) {
-            Ok(Adopted::Running(process)) => {
+        match result.and_then(|()| self.take_over(number, rest)) {
+            Ok(Begun::Running(process)) => {
                 self.answer(asker, Body::Started(process.into()));
                 let Some(container) = self.containers.get_mut(&number) else {
                     return;
@@ -309,7 +312,7 @@ impl Shim {
                     self.container_ended(number, death);
                 }
             }
-            Ok(Adopted::Created(call, rest)) => {
+            Ok(Begun::Created(call, rest)) => {
                 let bundle = match self.containers.get(&number) {
                     Some(container) => container.bundle(),
                     None => return,
@@ -333,7 +336,7 @@ impl Shim {
 
     /// Takes over the container's first process, of which we are the parent now that the runtime
     /// has ended.
-    fn adopt(&mut self, number: u32, rest: Vec<Invocation>) -> Result<Adopted, Error> {
+    fn take_over(&mut self, number: u32, rest: Vec<Invocation>) -> Result<Begun, Error> {
         let container = self
             .containers
             .get_mut(&number)
@@ -362,7 +365,7 @@ impl Shim {
         }
         let mut rest = rest.into_iter();
         if let Some(next) = rest.next() {
-            return Ok(Adopted::Created(next, rest.collect()));
+            return Ok(Begun::Created(next, rest.collect()));
         }
         let container = self
             .containers
@@ -376,7 +379,7 @@ impl Shim {
         }
         let process = container.process.as_ref().map(|p| p.process);
         self.watch_oom(number);
-        process.map(Adopted::Running).ok_or_else(|| unknown("?"))
+        process.map(Begun::Running).ok_or_else(|| unknown("?"))
     }
 
     /// A start failed: what it left in the runtime goes before the daemon hears of it.
@@ -794,7 +797,7 @@ impl Shim {
 }
 
 /// How far a start is.
-enum Adopted {
+enum Begun {
     Running(ProcessRef),
     /// The process waits for these executions.
     Created(Invocation, Vec<Invocation>),
@@ -866,7 +869,7 @@ fn give(pipe: &OwnedFd, owner: Option<(u32, u32)>) -> Result<(), Error> {
     gantry_sys::fs::chown(pipe, uid, gid).map_err(Error::call("give a pipe to the pod"))
 }
 
-fn read_pid(path: &Path) -> Result<i32, Error> {
+pub fn read_pid(path: &Path) -> Result<i32, Error> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
     match text.trim().parse() {
         Ok(pid) if pid > 1 => Ok(pid),
@@ -886,6 +889,7 @@ fn open_process(pid: i32, reaped: bool) -> Result<Process, Error> {
         return Ok(Process {
             process: ProcessRef { pid, start_time: 0 },
             pidfd: None,
+            adopted: false,
         });
     }
     // Not reaped yet, so the pid is still its own.
@@ -895,11 +899,12 @@ fn open_process(pid: i32, reaped: bool) -> Result<Process, Error> {
     Ok(Process {
         process,
         pidfd: Some(pidfd),
+        adopted: false,
     })
 }
 
 /// Removes a file; absent is success.
-fn remove(path: &Path) -> io::Result<()> {
+pub fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use gantry_runtime::{Invocation, Runtime};
@@ -13,6 +14,7 @@ use gantry_shim_api::v1::message::Body;
 use gantry_sys::epoll::{Epoll, EventFlags, Ready};
 use gantry_sys::failpoint;
 use gantry_sys::memory::ProgramText;
+use gantry_sys::pidfd::PidFd;
 use gantry_sys::process::{self, Ended};
 use gantry_sys::signal::{ChildSignal, SIGKILL};
 use gantry_types::ProcessRef;
@@ -38,6 +40,9 @@ const DRAIN: Duration = Duration::from_secs(1);
 /// Without an event for so long, memory is given back.
 const IDLE: Duration = Duration::from_secs(1);
 
+/// How a container ended, in its bundle.
+pub const EXIT_FILE: &str = "exit";
+
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Exit code of what died of SIGKILL.
@@ -52,6 +57,8 @@ mod token {
     pub const STDERR: u64 = 4 << 32;
     pub const OOM: u64 = 5 << 32;
     pub const ATTACH: u64 = 6 << 32;
+    pub const PROCESS: u64 = 7 << 32;
+    pub const HOLDER: u64 = 8 << 32;
     pub const KIND: u64 = !0 << 32;
 }
 
@@ -89,7 +96,7 @@ pub struct Shim {
     cgroups: Vec<PathBuf>,
     /// Holder and shim are in their cgroups.
     settled: bool,
-    epoll: Epoll,
+    epoll: Rc<Epoll>,
     children: ChildSignal,
     /// The runtime was executed since children were last reaped.
     spawned: bool,
@@ -111,6 +118,9 @@ impl Shim {
             setup.listener.set_nonblocking(true)?;
             epoll.add(&setup.listener, token::LISTENER, EventFlags::IN)?;
             epoll.add(&setup.children, token::CHILDREN, EventFlags::IN)?;
+            if setup.holder.adopted {
+                epoll.add(setup.holder.pidfd(), token::HOLDER, EventFlags::IN)?;
+            }
             Ok((epoll, Buffers::new()?))
         };
         let (epoll, buffers) = match prepare() {
@@ -140,7 +150,7 @@ impl Shim {
             shutdown: None,
             cgroups: setup.cgroups,
             settled: false,
-            epoll,
+            epoll: Rc::new(epoll),
             children: setup.children,
             spawned: false,
             stirred: true,
@@ -257,6 +267,8 @@ impl Shim {
             token::STDERR => self.output(number, Kind::Stderr),
             token::OOM => self.oom_event(number),
             token::ATTACH => self.detach(number),
+            token::PROCESS => self.adopted_ended(number),
+            token::HOLDER => self.adopted_holder_ended(),
             _ => {}
         }
     }
@@ -396,6 +408,15 @@ impl Shim {
         self.send(asker.conn, &message, fds);
     }
 
+    /// As `answer_with`, of a request that is a step of no other: no failpoint of theirs.
+    pub fn answer_aside(&mut self, asker: Asker, body: Body, fds: Vec<OwnedFd>) {
+        let message = v1::Message {
+            id: asker.request,
+            body: Some(body),
+        };
+        self.send(asker.conn, &message, fds);
+    }
+
     pub fn refuse(&mut self, asker: Asker, error: &Error) {
         self.answer(asker, Body::Error(error.wire()));
     }
@@ -416,18 +437,34 @@ impl Shim {
 
     /// Starts to read a container's streams, and its OOM counter where the kernel tells changes.
     pub fn watch(&mut self, number: u32) -> io::Result<()> {
-        let Some(container) = self.containers.get(&number) else {
+        let Some(container) = self.containers.get_mut(&number) else {
             return Ok(());
         };
-        for stream in [&container.stdout, &container.stderr].into_iter().flatten() {
+        let streams = [&mut container.stdout, &mut container.stderr];
+        for stream in streams.into_iter().flatten() {
             let kind = match stream.kind {
                 Kind::Stdout => token::STDOUT,
                 Kind::Stderr => token::STDERR,
             };
-            self.epoll
-                .add(&stream.fd, kind | u64::from(number), EventFlags::IN)?;
+            stream.watch(&self.epoll, kind | u64::from(number))?;
         }
         Ok(())
+    }
+
+    /// Notices the end of a process that is not our child.
+    pub fn watch_adopted(&self, number: u32, process: &PidFd) -> io::Result<()> {
+        let token = token::PROCESS | u64::from(number);
+        // Once: the daemon has a duplicate, for which the kernel would go on telling us.
+        self.epoll
+            .add(process, token, EventFlags::IN | EventFlags::ONESHOT)
+    }
+
+    fn adopted_holder_ended(&mut self) {
+        // Fails when it was told before.
+        let _ = self.epoll.remove(self.holder.pidfd());
+        if std::mem::replace(&mut self.holder.alive, false) {
+            self.event(v1::event::Body::HolderExited(v1::HolderExited {}));
+        }
     }
 
     /// Notices when the daemon lets go of an attachment, of which it is told once: the same pipe
@@ -505,6 +542,7 @@ impl Shim {
                 Ok(Some(ended)) => self.child_ended(Death {
                     ended,
                     at: clock::now(),
+                    unknown: false,
                 }),
                 Ok(None) => return,
                 Err(e) => {
@@ -517,7 +555,8 @@ impl Shim {
 
     fn child_ended(&mut self, death: Death) {
         let pid = death.ended.pid;
-        if self.holder.alive && pid == self.holder.process.pid {
+        let holder = &self.holder;
+        if holder.alive && !holder.adopted && pid == holder.process.pid {
             self.holder.alive = false;
             return self.event(v1::event::Body::HolderExited(v1::HolderExited {}));
         }
@@ -534,7 +573,7 @@ impl Shim {
                 && container
                     .process
                     .as_ref()
-                    .is_some_and(|p| p.process.pid == pid)
+                    .is_some_and(|p| !p.adopted && p.process.pid == pid)
         };
         if let Some(number) = self
             .containers
@@ -612,19 +651,18 @@ impl Shim {
         let Some(death) = container.ended else { return };
         container.close_streams(&mut self.buffers);
         container.drain_until = None;
-        container.phase = Phase::Exited;
         let oom_killed = death.ended.signal == Some(SIGKILL) && container.oom.struck();
         container.oom.close();
         let record = v1::ExitRecord {
             code: death.ended.code,
             finished_at: death.at,
             oom_killed,
+            unknown: death.unknown,
         };
-        container.record = Some(record);
         if let Some(process) = &mut container.process {
             process.pidfd = None;
         }
-        let path = container.bundle().join("exit");
+        let path = container.bundle().join(EXIT_FILE);
         let bytes = prost::Message::encode_to_vec(&record);
         // No fsync: the bundle lies on a tmpfs that a power cut takes along with the container.
         let written = failpoint::at("exit::drained")
@@ -633,9 +671,19 @@ impl Shim {
         if let Err(e) = written {
             crate::report!("write {}: {e}", path.display());
         }
+        self.tell_exit(number, record);
+    }
+
+    /// An exit is on disk: the daemon hears of it, and the runtime forgets the container.
+    pub fn tell_exit(&mut self, number: u32, record: v1::ExitRecord) {
+        let Some(container) = self.containers.get_mut(&number) else {
+            return;
+        };
+        container.phase = Phase::Exited;
+        container.record = Some(record);
         let container_id = container.id().to_owned();
         let deletion = container.deletion;
-        if oom_killed {
+        if record.oom_killed {
             self.tell_oom(number);
         }
         self.event(v1::event::Body::Exited(v1::Exited {

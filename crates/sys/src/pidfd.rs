@@ -78,11 +78,63 @@ impl PidFd {
         }
     }
 
+    /// How a process ended that is not our child: `process` is the one that this descriptor is of,
+    /// and it must have ended. `None`: the kernel has not kept it.
+    ///
+    /// A zombie shows it in `/proc/PID/stat` to who may trace it; once it is reaped the descriptor
+    /// has it (PIDFD_GET_INFO, since Linux 6.15). The kernel notes it there before it takes the
+    /// entry in /proc away, so that looking in this order misses nothing.
+    pub fn exit_of(&self, process: ProcessRef) -> Option<Ended> {
+        let status = crate::process::zombie_status(process).or_else(|| self.exit_status())?;
+        let signal = libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status));
+        let code = signal.map_or_else(|| libc::WEXITSTATUS(status), |n| 128 + n);
+        Some(Ended {
+            pid: process.pid,
+            code,
+            signal,
+        })
+    }
+
+    /// The status, as wait(2) gives it, of a process that was reaped.
+    fn exit_status(&self) -> Option<i32> {
+        let mut info = Info {
+            mask: INFO_EXIT,
+            ..Info::default()
+        };
+        // SAFETY: the number says that the kernel reads and writes one `Info` through the pointer,
+        // which is that of a live one with the layout of linux/pidfd.h; the descriptor is ours.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), GET_INFO as _, &raw mut info) };
+        (result == 0 && info.mask & INFO_EXIT != 0).then_some(info.exit_code)
+    }
+
     /// Waits at most `timeout` for the process to end, without reaping it.
     pub fn wait_ended(&self, timeout: std::time::Duration) -> io::Result<bool> {
         crate::io::readable_within(self.0.as_fd(), timeout)
     }
 }
+
+/// struct pidfd_info of linux/pidfd.h in its first version (PIDFD_INFO_SIZE_VER0).
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Info {
+    /// What is asked for, and then what was given.
+    mask: u64,
+    cgroupid: u64,
+    pid: u32,
+    tgid: u32,
+    ppid: u32,
+    ids: [u32; 8],
+    exit_code: i32,
+}
+
+const _: () = assert!(size_of::<Info>() == 64);
+
+/// PIDFD_INFO_EXIT.
+const INFO_EXIT: u64 = 1 << 3;
+
+/// PIDFD_GET_INFO: `_IOWR(0xFF, 11, struct pidfd_info)` (asm-generic/ioctl.h, which x86-64 and
+/// aarch64 use).
+const GET_INFO: u32 = (3 << 30) | ((size_of::<Info>() as u32) << 16) | (0xff << 8) | 11;
 
 impl AsFd for PidFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -121,5 +173,40 @@ mod tests {
         let ended = fd.wait().unwrap();
         assert_eq!((ended.code, ended.signal), (137, Some(9)));
         assert_eq!(fd.signal(0).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_exit_of_another_ones_child_is_learnt_before_and_after_it_is_reaped() {
+        for (script, code, signal) in [("exit 7", 7, None), ("kill -9 $$", 137, Some(9))] {
+            let mut child = std::process::Command::new("sh")
+                .args(["-c", script])
+                .spawn()
+                .unwrap();
+            let pid = child.id() as i32;
+            let fd = PidFd::open(pid).unwrap();
+            let process = crate::process::process_ref(pid).unwrap();
+            assert!(fd.wait_ended(Duration::from_secs(10)).unwrap());
+            let expected = Some(Ended { pid, code, signal });
+            assert_eq!(fd.exit_of(process), expected, "a zombie");
+            child.wait().unwrap();
+            match fd.exit_of(process) {
+                None => println!("SKIP exit of a reaped process: this kernel keeps none"),
+                exit => assert_eq!(exit, expected, "reaped"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_process_that_runs_has_no_exit() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let fd = PidFd::open(pid).unwrap();
+        let process = crate::process::process_ref(pid).unwrap();
+        assert_eq!(fd.exit_of(process), None);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -68,6 +68,20 @@ impl Stat {
     }
 }
 
+/// The status, as wait(2) gives it, of a process that has ended and that nobody has reaped: field
+/// 52 of `/proc/PID/stat`, which is 0 for who may not trace it (proc_pid_stat(5)).
+pub(crate) fn zombie_status(process: ProcessRef) -> Option<i32> {
+    let text = std::fs::read(format!("/proc/{}/stat", process.pid)).ok()?;
+    let stat = Stat::parse(process.pid, &text)?;
+    if stat.start_time != process.start_time || !stat.is_zombie() {
+        return None;
+    }
+    let end = text.iter().rposition(|&b| b == b')')?;
+    let rest = std::str::from_utf8(text.get(end + 1..)?).ok()?;
+    // Field 3 is the first of the rest.
+    rest.split_ascii_whitespace().nth(49)?.parse().ok()
+}
+
 /// The process that has this pid now.
 pub fn process_ref(pid: i32) -> io::Result<ProcessRef> {
     Ok(Stat::read(pid)?.process())
@@ -174,13 +188,6 @@ pub fn set_child_subreaper() -> io::Result<()> {
     Ok(rp::set_child_subreaper(Some(rp::getpid()))?)
 }
 
-/// SIGKILL for the caller when the thread that made it ends (PR_SET_PDEATHSIG(2const)). Cleared
-/// by a later change of credentials; set it last. A parent that is gone already sends nothing:
-/// check for that by other means.
-pub fn die_with_parent() -> io::Result<()> {
-    Ok(rp::set_parent_process_death_signal(Some(rp::Signal::KILL))?)
-}
-
 /// Name of the calling thread, at most 15 bytes (PR_SET_NAME(2const)).
 pub fn set_name(name: &CStr) -> io::Result<()> {
     Ok(rustix::thread::set_name(name)?)
@@ -227,6 +234,29 @@ pub fn become_root() -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Lets this process open as many files as its hard limit allows (RLIMIT_NOFILE, getrlimit(2)).
+/// Returns the soft limit that it had; children inherit the new one.
+pub fn raise_open_files() -> io::Result<u64> {
+    let limit = rp::getrlimit(rp::Resource::Nofile);
+    let raised = rp::Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    rp::setrlimit(rp::Resource::Nofile, raised)?;
+    Ok(limit.current.unwrap_or(u64::MAX))
+}
+
+/// Sets the soft limit of open files, at most to the hard one.
+pub fn set_open_files(soft: u64) -> io::Result<()> {
+    let limit = rp::getrlimit(rp::Resource::Nofile);
+    let soft = limit.maximum.map_or(soft, |hard| soft.min(hard));
+    let limit = rp::Rlimit {
+        current: (soft != u64::MAX).then_some(soft),
+        ..limit
+    };
+    Ok(rp::setrlimit(rp::Resource::Nofile, limit)?)
 }
 
 /// Our own hard limit of a resource by its name in getrlimit(2); `u64::MAX` when there is none.

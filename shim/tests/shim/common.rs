@@ -69,6 +69,7 @@ pub struct Pod {
     pub netns: PathBuf,
     pub daemon: Daemon,
     child: std::process::Child,
+    bootstrap: v1::Bootstrap,
     cgroup_mounts: Vec<PathBuf>,
 }
 
@@ -232,20 +233,10 @@ pub fn boot(runtime: &Path, change: impl FnOnce(&mut v1::Bootstrap, &Path)) -> R
             timeout_ms: 60_000,
         }),
         oom_score_adj: -998,
-        cgroup_dirs: Vec::new(),
+        ..Default::default()
     };
     change(&mut bootstrap, dir.path());
-    let binary =
-        std::env::var_os("GANTRY_SHIM").unwrap_or_else(|| env!("CARGO_BIN_EXE_gantry-shim").into());
-    let mut child = Command::new(binary)
-        .arg0("gantry-shim")
-        .arg(&name)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    write_frame(child.stdin.as_mut().unwrap(), &bootstrap).unwrap();
-    let ready: v1::Ready = read_frame(child.stdout.as_mut().unwrap()).unwrap();
+    let (mut child, ready) = spawn(&bootstrap);
     if !ready.error.is_empty() {
         assert!(!child.wait().unwrap().success());
         assert!(!run_dir.join("shim.sock").exists());
@@ -266,8 +257,24 @@ pub fn boot(runtime: &Path, change: impl FnOnce(&mut v1::Bootstrap, &Path)) -> R
         netns,
         daemon,
         child,
+        bootstrap,
         cgroup_mounts: cgroup_mounts(),
     })
+}
+
+fn spawn(bootstrap: &v1::Bootstrap) -> (std::process::Child, v1::Ready) {
+    let binary =
+        std::env::var_os("GANTRY_SHIM").unwrap_or_else(|| env!("CARGO_BIN_EXE_gantry-shim").into());
+    let mut child = Command::new(binary)
+        .arg0("gantry-shim")
+        .arg(&bootstrap.pod_id)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    write_frame(child.stdin.as_mut().unwrap(), bootstrap).unwrap();
+    let ready = read_frame(child.stdout.as_mut().unwrap()).unwrap();
+    (child, ready)
 }
 
 fn cgroup_mounts() -> Vec<PathBuf> {
@@ -439,6 +446,43 @@ impl Pod {
         assert!(self.child.wait().unwrap().success());
     }
 
+    pub fn keep_holder(&mut self) {
+        let answer = self
+            .daemon
+            .ask(request::Body::KeepHolder(v1::KeepHolder {}));
+        assert!(matches!(answer, Ok(message::Body::Done(_))), "{answer:?}");
+    }
+
+    pub fn custody(&mut self, id: &str) -> Result<(v1::InCustody, Vec<OwnedFd>), v1::Error> {
+        let custody = v1::Custody {
+            container_id: id.into(),
+        };
+        match self.daemon.ask_with(request::Body::Custody(custody), &[])? {
+            (message::Body::InCustody(has), fds) => Ok((has, fds)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Another shim for the pod whose shim has died; `Err` is what its Ready says.
+    pub fn next_shim(&mut self) -> Result<(), String> {
+        self.bootstrap.adopt = Some(self.holder);
+        let (mut child, ready) = spawn(&self.bootstrap);
+        if !ready.error.is_empty() {
+            assert!(!child.wait().unwrap().success());
+            return Err(ready.error);
+        }
+        assert_eq!(ready.holder, Some(self.holder));
+        self.child = child;
+        self.shim = ready.shim.unwrap();
+        self.daemon = Daemon::connect(&self.socket());
+        let hello = self.daemon.greet();
+        assert_eq!(
+            (hello.shim, hello.holder),
+            (Some(self.shim), Some(self.holder))
+        );
+        Ok(())
+    }
+
     pub fn kill_shim(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -498,6 +542,9 @@ impl Pod {
 impl Drop for Pod {
     fn drop(&mut self) {
         // A test that failed: take away what it left, so that the next starts clean.
+        if let Ok(holder) = gantry_sys::pidfd::PidFd::open_process(self.holder.into()) {
+            let _ = holder.signal(9);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         for mount in &self.cgroup_mounts {

@@ -2,6 +2,7 @@
 //!
 //! Needs root; `GANTRY_SHIM` names another binary to test, such as the static one.
 
+mod adopted;
 mod attach;
 mod budget;
 mod common;

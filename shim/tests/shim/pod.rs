@@ -66,13 +66,16 @@ fn the_holder_is_confined_and_its_namespaces_are_pinned() {
     let mounts = std::fs::read_to_string(format!("/proc/{holder}/mounts")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
     assert!(mounts.contains(" ro,"), "{mounts}");
-    // The network's sysfs, which is mounted nowhere, and nothing else.
-    let open: Vec<_> = std::fs::read_dir(format!("/proc/{holder}/fd"))
-        .unwrap()
-        .map(|entry| std::fs::metadata(entry.unwrap().path()).unwrap())
-        .collect();
-    assert_eq!(open.len(), 1, "{open:?}");
-    assert!(open[0].is_dir(), "{open:?}");
+    // The network's sysfs, which is mounted nowhere, and what ends it with its shim.
+    let open = || -> Vec<_> {
+        std::fs::read_dir(format!("/proc/{holder}/fd"))
+            .unwrap()
+            .filter_map(|entry| std::fs::metadata(entry.unwrap().path()).ok())
+            .collect()
+    };
+    assert_eq!(open().len(), 2, "{:?}", open());
+    assert!(open()[0].is_dir(), "{:?}", open());
+    assert!(open()[1].file_type().is_socket(), "{:?}", open());
     // Also for one who may trace it, the host's devices are not to be written to.
     let held = format!("/proc/{holder}/fd/0/class/net/lo/tx_queue_len");
     let error = std::fs::write(&held, "7").unwrap_err();
@@ -287,14 +290,38 @@ fn a_shim_that_cannot_join_its_cgroup_gives_the_pod_up() {
 }
 
 #[test]
-fn a_dead_shim_takes_the_holder_along() {
-    if skip("a_dead_shim_takes_the_holder_along") {
+fn a_dead_shim_takes_a_holder_along_that_is_not_on_record() {
+    if skip("a_dead_shim_takes_a_holder_along_that_is_not_on_record") {
         return;
     }
     let mut pod = pod(Path::new(RUNC));
     let holder = pod.holder.into();
     assert!(alive(holder));
     pod.kill_shim();
+    eventually("the holder dies", || !alive(holder));
+}
+
+#[test]
+fn a_holder_that_is_on_record_outlives_its_shim_with_nothing_open() {
+    if skip("a_holder_that_is_on_record_outlives_its_shim_with_nothing_open") {
+        return;
+    }
+    let mut pod = pod(Path::new(RUNC));
+    // Repeated, as by a daemon that was started again.
+    for _ in 0..2 {
+        pod.keep_holder();
+    }
+    let holder = pod.holder.into();
+    let fds = || std::fs::read_dir(format!("/proc/{}/fd", pod.holder.pid)).unwrap();
+    // The sysfs.
+    eventually("it has let go", || fds().count() == 1);
+    pod.kill_shim();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(alive(holder));
+    gantry_sys::pidfd::PidFd::open_process(holder)
+        .unwrap()
+        .signal(9)
+        .unwrap();
     eventually("the holder dies", || !alive(holder));
 }
 
