@@ -122,6 +122,7 @@ impl Shim {
             self.containers.remove(&number);
             return Err(Error::call("watch output")(e));
         }
+        failpoint::pass("adopt::taken");
         self.answer(asker, done());
         if let Some(record) = written {
             self.adopt_ended(number, record);

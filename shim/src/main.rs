@@ -110,7 +110,10 @@ fn start(ready: &mut v1::Ready) -> Result<Shim, Error> {
             .map_err(Error::call("set limit of open files"))?;
     }
     let mut holder = match bootstrap.adopt {
-        Some(process) => Holder::adopt(&spec, process.into())?,
+        Some(process) => {
+            failpoint::at("adopt::holder").map_err(Error::call("adopt the pod"))?;
+            Holder::adopt(&spec, process.into())?
+        }
         None => Holder::start(&spec)?,
     };
     ready.shim = Some(own.into());

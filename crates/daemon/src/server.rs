@@ -341,6 +341,8 @@ fn settings(config: &Config) -> Result<Settings> {
         device_ownership: config.runtime.device_ownership_from_security_context,
         rlimits: rlimits(&config.runtime.default_ulimits)?,
         shim_oom_score_adj: config.runtime.shim_oom_score_adj,
+        open_files: gantry_sys::process::raise_open_files()
+            .context("raise the limit of open files")?,
         unprivileged_ports: config.runtime.unprivileged_ports,
         unprivileged_icmp: config.runtime.unprivileged_icmp,
         timeouts: Timeouts {

@@ -18,8 +18,13 @@ use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRe
 use prost::Message;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::container::{Container, half_made, lost_exit, read_exit, remove_files, unmount};
-use crate::pod::{Driver, MAILBOX, Msg, blocking, end_shim, kill, release_network, sweep};
+use crate::container::{
+    Container, half_made, lost_exit, read_exit, remove_files, unknown_exit, unmount,
+};
+use crate::pod::{
+    Driver, MAILBOX, Msg, blocking, end_holder, end_runtime_calls, end_shim, kill, release_network,
+    sweep,
+};
 use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
 use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
 use crate::rundir::{self, RunDirs, RunRecord, names, read_record};
@@ -394,6 +399,11 @@ async fn recover_pod(ctx: &Arc<Context>, mut pod: Recorded) {
         observed = Observed::Gone;
         action = reconcile_pod(&recorded, &observed);
     }
+    let same_boot = pod.facts.record.boot_id == ctx.settings.boot_id;
+    // One that was stopped has nothing on record.
+    if observed == Observed::Gone && same_boot && process_of(&pod.status).is_some() {
+        end_left(ctx, &pod).await;
+    }
     let state = match action {
         PodAction::Undo => {
             // Bounded: a plugin that hangs must not keep the whole node from being served. The
@@ -425,11 +435,32 @@ async fn recover_pod(ctx: &Arc<Context>, mut pod: Recorded) {
     adopt(ctx, pod, state, shim, &observed, mailbox, messages).await;
 }
 
+/// Ends what may have outlived a shim of this boot: its calls of the OCI runtime, and the holder. The
+/// daemon that could have had another shim adopt the pod has died too, and with it what it kept.
+async fn end_left(ctx: &Arc<Context>, pod: &Recorded) {
+    if let Err(error) = end_runtime_calls(ctx, &pod.facts).await {
+        tracing::error!(pod = %pod.facts.id, %error, "what a dead shim has left");
+    }
+    if let Some(holder) = holder_of(&pod.status)
+        && let Err(error) = end_holder(ctx, holder).await
+    {
+        tracing::error!(pod = %pod.facts.id, %error, "holder of a dead shim");
+    }
+}
+
 fn process_of(status: &record::PodStatus) -> Option<ProcessRef> {
-    status.shim.map(|process| ProcessRef {
+    status.shim.map(recorded_process)
+}
+
+fn holder_of(status: &record::PodStatus) -> Option<ProcessRef> {
+    status.holder.map(recorded_process)
+}
+
+fn recorded_process(process: record::ProcessRef) -> ProcessRef {
+    ProcessRef {
         pid: process.pid,
         start_time: process.start_time,
-    })
+    }
 }
 
 async fn observe(
@@ -489,8 +520,7 @@ fn observed_container(state: v1::ContainerState) -> ObservedContainer {
             code: exit.code,
             finished_at: exit.finished_at,
             oom_killed: exit.oom_killed,
-            reason: String::new(),
-            message: String::new(),
+            ..unknown_exit(exit.unknown)
         }),
     }
 }
@@ -504,7 +534,8 @@ async fn undo_pod(
     if !pod.facts.record.netns_path.is_empty() {
         release_network(ctx, &pod.facts, &pod.facts.record.network_intent).await?;
     }
-    end_shim(ctx, &pod.facts, shim, process_of(&pod.status)).await?;
+    let status = &pod.status;
+    end_shim(ctx, &pod.facts, shim, process_of(status), holder_of(status)).await?;
     let (ctx, facts) = (Arc::clone(ctx), Arc::clone(&pod.facts));
     blocking(move || {
         sweep(&ctx, &facts)?;
@@ -559,6 +590,7 @@ async fn adopt(
         ctx.registry
             .adopt(PodName::from(metadata), reserved, ready, mailbox);
     }
+    driver.prepare_for_loss();
     driver.publish();
     for id in starting(observed) {
         driver.finish_earlier_start(&id);

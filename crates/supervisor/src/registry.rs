@@ -40,6 +40,10 @@ pub struct PodView {
     pub ips: Vec<String>,
     /// Raw result of the network plugin.
     pub network_result: Vec<u8>,
+    /// How often a new shim has taken the pod over from one that had died.
+    pub shim_adoptions: u32,
+    /// The holder outlives the shim.
+    pub holder_kept: bool,
     /// As last told by the kubelet.
     pub overhead: Option<cri::LinuxContainerResources>,
     pub resources: Option<cri::LinuxContainerResources>,
@@ -52,6 +56,8 @@ pub struct ContainerView {
     pub state: ContainerState,
     pub resources: Option<cri::LinuxContainerResources>,
     pub user: Option<record::User>,
+    /// We have what lets it outlive its shim.
+    pub in_custody: bool,
 }
 
 /// A pod sandbox's name: what the kubelet repeats when it repeats a call.

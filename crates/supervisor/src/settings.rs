@@ -65,6 +65,8 @@ pub struct Settings {
     pub rlimits: Vec<oci_spec::runtime::PosixRlimit>,
     /// OOM score adjustment of each shim; clamped to what the kernel lets us write.
     pub shim_oom_score_adj: i32,
+    /// Soft limit of open files that shims and containers inherit: ours before we raised it.
+    pub open_files: u64,
     /// Pods with a network of their own may bind low ports without a capability.
     pub unprivileged_ports: bool,
     /// And send pings.

@@ -13,7 +13,7 @@ use gantry_shim_api::v1::{self, message, request};
 use gantry_shim_api::{Decoder, encode};
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::signal::SIGKILL;
-use gantry_types::{ErrorKind, PodId, ProcessRef};
+use gantry_types::{ContainerId, ErrorKind, PodId, ProcessRef};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -38,6 +38,30 @@ type Reply = Result<Answer, Error>;
 pub struct Answer {
     pub body: message::Body,
     pub fds: Vec<OwnedFd>,
+}
+
+/// Duplicates of a running container's descriptors. Nobody here reads or writes them: they keep the
+/// container from noticing that its shim is gone, and the next shim gets them.
+#[derive(Debug)]
+pub struct Custody {
+    has: v1::InCustody,
+    /// In the order of the fields of `has`.
+    fds: Vec<OwnedFd>,
+}
+
+impl Custody {
+    fn count(has: &v1::InCustody) -> usize {
+        let flags = [has.process, has.stdout, has.stderr, has.stdin];
+        flags.into_iter().filter(|has| *has).count()
+    }
+
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let fds = self.fds.iter().map(OwnedFd::try_clone);
+        Ok(Self {
+            has: self.has,
+            fds: fds.collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 struct Outgoing {
@@ -65,9 +89,17 @@ impl std::fmt::Debug for Shim {
 /// Who waits for what on one connection.
 #[derive(Default)]
 struct Waiting {
-    replies: Mutex<HashMap<u64, oneshot::Sender<Reply>>>,
+    replies: Mutex<HashMap<u64, Waiter>>,
     /// By exec id.
     execs: Mutex<HashMap<String, oneshot::Sender<i32>>>,
+    /// By exec id: what runs, and in which container. Outlasts the connection.
+    running: Mutex<HashMap<String, (String, v1::Process)>>,
+}
+
+struct Waiter {
+    reply: oneshot::Sender<Reply>,
+    /// Container and exec id of what a Started answers.
+    exec: Option<(String, String)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -165,6 +197,18 @@ impl Shim {
         limit: Duration,
         mailbox: mpsc::Sender<Msg>,
     ) -> Result<(Arc<Self>, v1::HelloReply), Error> {
+        Self::connect_to(None, pod, socket, limit, mailbox).await
+    }
+
+    /// As `connect`, if the one who listens there is the process given. Another is left alone: its
+    /// connection to whoever started it would be shut.
+    pub async fn connect_to(
+        only: Option<ProcessRef>,
+        pod: &PodId,
+        socket: &Path,
+        limit: Duration,
+        mailbox: mpsc::Sender<Msg>,
+    ) -> Result<(Arc<Self>, v1::HelloReply), Error> {
         let lost = |reason: String| Error::Shim {
             pod: pod.to_string(),
             reason,
@@ -184,6 +228,9 @@ impl Shim {
         let pidfd = PidFd::open(pid).map_err(|error| lost(format!("pidfd of {pid}: {error}")))?;
         let process = gantry_sys::process::process_ref(pid)
             .map_err(|error| lost(format!("start time of {pid}: {error}")))?;
+        if only.is_some_and(|only| only != process) {
+            return Err(lost(format!("the socket is that of process {pid}")));
+        }
 
         let (read, write) = stream.into_split();
         let (outgoing, queue) = mpsc::channel(64);
@@ -199,8 +246,8 @@ impl Shim {
             misses: AtomicU32::new(0),
         });
         tokio::spawn(write_frames(write, queue));
-        tokio::spawn(read_frames(read, waiting, mailbox.clone()));
-        tokio::spawn(watch(pidfd, mailbox));
+        tokio::spawn(read_frames(read, waiting, process, mailbox.clone()));
+        tokio::spawn(watch(pidfd, process, mailbox));
         let hello = v1::Hello {
             protocol: PROTOCOL,
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -231,11 +278,24 @@ impl Shim {
         fds: Vec<OwnedFd>,
         limit: Duration,
     ) -> Reply {
+        failpoint::at("shim::before-call")?;
+        let reply = self.exchange(body, fds, limit).await;
+        if reply.is_ok() {
+            failpoint::at("shim::after-call")?;
+        }
+        reply
+    }
+
+    /// As `call_with_fds`, for what is a step of no other request: no failpoint of theirs.
+    async fn exchange(&self, body: request::Body, fds: Vec<OwnedFd>, limit: Duration) -> Reply {
         let lost = |reason: &str| Error::Shim {
             pod: self.pod.to_string(),
             reason: reason.into(),
         };
-        failpoint::at("shim::before-call")?;
+        let exec = match &body {
+            request::Body::Exec(exec) => Some((exec.container_id.clone(), exec.exec_id.clone())),
+            _ => None,
+        };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let frame = encode(&v1::Request {
             id,
@@ -243,7 +303,7 @@ impl Shim {
         })
         .map_err(|error| Error::internal("encode shim request", error))?;
         let (reply, answer) = oneshot::channel();
-        lock(&self.waiting.replies).insert(id, reply);
+        lock(&self.waiting.replies).insert(id, Waiter { reply, exec });
         let exchange = async {
             self.outgoing
                 .send(Outgoing { frame, fds })
@@ -254,7 +314,6 @@ impl Shim {
         match timeout(limit, exchange).await {
             Ok(reply) => {
                 self.misses.store(0, Ordering::Relaxed);
-                failpoint::at("shim::after-call")?;
                 reply
             }
             Err(_) => {
@@ -314,6 +373,53 @@ impl Shim {
             message::Body::State(state) => Ok(state),
             other => Err(unexpected(&self.pod, &other)),
         }
+    }
+
+    /// Says that the pod's holder is on record: it outlives the shim from now on.
+    pub async fn keep_holder(&self, limit: Duration) -> Result<(), Error> {
+        let body = request::Body::KeepHolder(v1::KeepHolder {});
+        match self.exchange(body, Vec::new(), limit).await?.body {
+            message::Body::Done(_) => Ok(()),
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    /// What keeps a container going should the shim die.
+    pub async fn custody(&self, id: &ContainerId, limit: Duration) -> Result<Custody, Error> {
+        let body = request::Body::Custody(v1::Custody {
+            container_id: id.to_string(),
+        });
+        let Answer { body, fds } = self.exchange(body, Vec::new(), limit).await?;
+        match body {
+            message::Body::InCustody(has) if fds.len() == Custody::count(&has) => {
+                Ok(Custody { has, fds })
+            }
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    /// Has a new shim take over a container of one that has died.
+    pub async fn adopt(
+        &self,
+        mut adopt: v1::Adopt,
+        custody: Custody,
+        limit: Duration,
+    ) -> Result<(), Error> {
+        adopt.has = Some(custody.has);
+        let body = request::Body::Adopt(adopt);
+        match self.call_with_fds(body, custody.fds, limit).await?.body {
+            message::Body::Done(_) => Ok(()),
+            other => Err(unexpected(&self.pod, &other)),
+        }
+    }
+
+    /// Execs of a container that have not ended, as far as this connection has told.
+    pub fn running_execs(&self, id: &ContainerId) -> Vec<v1::Process> {
+        let running = lock(&self.waiting.running);
+        let of_container = running
+            .values()
+            .filter(|(container, _)| container == id.as_str());
+        of_container.map(|(_, process)| *process).collect()
     }
 
     /// The exit code of an exec, once it ends. Call before the exec is requested.
@@ -405,7 +511,12 @@ async fn receive(
     }
 }
 
-async fn read_frames(read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mpsc::Sender<Msg>) {
+async fn read_frames(
+    read: OwnedReadHalf,
+    waiting: Arc<Waiting>,
+    process: ProcessRef,
+    mailbox: mpsc::Sender<Msg>,
+) {
     let mut decoder = Decoder::default();
     let mut buffer = [0; 4096];
     let why = 'connection: loop {
@@ -440,7 +551,7 @@ async fn read_frames(read: OwnedReadHalf, waiting: Arc<Waiting>, mailbox: mpsc::
     // Dropping the senders tells every waiter.
     lock(&waiting.replies).clear();
     lock(&waiting.execs).clear();
-    let _ = mailbox.send(Msg::Disconnected).await;
+    let _ = mailbox.send(Msg::Disconnected(process)).await;
 }
 
 async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, answer: Answer) {
@@ -448,6 +559,7 @@ async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, answer
     match body {
         message::Body::Event(v1::Event { body: Some(event) }) => {
             if let v1::event::Body::ExecExited(exited) = &event {
+                lock(&waiting.running).remove(&exited.exec_id);
                 if let Some(waiter) = lock(&waiting.execs).remove(&exited.exec_id) {
                     let _ = waiter.send(exited.code);
                 }
@@ -462,9 +574,18 @@ async fn deliver(waiting: &Waiting, mailbox: &mpsc::Sender<Msg>, id: u64, answer
                 message::Body::Error(error) => Err(refused(&error)),
                 body => Ok(Answer { body, fds }),
             };
-            if let Some(waiter) = waiter {
-                let _ = waiter.send(reply);
+            let Some(waiter) = waiter else { return };
+            if let (
+                Some((container, exec)),
+                Ok(Answer {
+                    body: message::Body::Started(process),
+                    ..
+                }),
+            ) = (waiter.exec, &reply)
+            {
+                lock(&waiting.running).insert(exec, (container, *process));
             }
+            let _ = waiter.reply.send(reply);
         }
     }
 }
@@ -490,7 +611,7 @@ fn refused(error: &v1::Error) -> Error {
 }
 
 /// Tells the driver when the shim's process has ended.
-async fn watch(pidfd: Arc<PidFd>, mailbox: mpsc::Sender<Msg>) {
+async fn watch(pidfd: Arc<PidFd>, process: ProcessRef, mailbox: mpsc::Sender<Msg>) {
     let ended = async {
         #[expect(
             deprecated,
@@ -507,7 +628,7 @@ async fn watch(pidfd: Arc<PidFd>, mailbox: mpsc::Sender<Msg>) {
         }
         () = mailbox.closed() => return,
     }
-    let _ = mailbox.send(Msg::ShimExited).await;
+    let _ = mailbox.send(Msg::ShimExited(process)).await;
 }
 
 /// `AsyncFd` wants to own something with a descriptor.
@@ -605,7 +726,69 @@ mod tests {
         let error = shim.done(delete("any"), LIMIT).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable);
         assert!(exec.await.is_err());
-        assert!(matches!(messages.recv().await, Some(Msg::Disconnected)));
+        assert!(matches!(messages.recv().await, Some(Msg::Disconnected(_))));
+    }
+
+    #[tokio::test]
+    async fn custody_without_what_it_names_is_none() {
+        let has = v1::InCustody {
+            process: true,
+            stdout: true,
+            ..Default::default()
+        };
+        let (_dir, _fake, shim, _messages) =
+            connected(move |_| Answer::Body(message::Body::InCustody(has))).await;
+        let id = ContainerId::from_random([8; 32]);
+        let error = shim.custody(&id, LIMIT).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+    }
+
+    #[tokio::test]
+    async fn execs_are_known_from_their_start_to_their_end() {
+        let process = v1::Process {
+            pid: 7,
+            start_time: 70,
+        };
+        let (_dir, fake, shim, _messages) =
+            connected(move |_| Answer::Body(message::Body::Started(process))).await;
+        let id = ContainerId::from_random([8; 32]);
+        for exec_id in ["one", "two"] {
+            let body = request::Body::Exec(v1::Exec {
+                container_id: id.to_string(),
+                exec_id: exec_id.to_owned(),
+                ..Default::default()
+            });
+            shim.started(body, Vec::new(), LIMIT).await.unwrap();
+        }
+        assert_eq!(shim.running_execs(&id), [process; 2]);
+        let other = ContainerId::from_random([9; 32]);
+        assert!(shim.running_execs(&other).is_empty());
+        let mut connection = fake.connection();
+        let ended = shim.exec_exit("two");
+        for exec_id in ["one", "two"] {
+            connection.event(v1::event::Body::ExecExited(v1::ExecExited {
+                container_id: id.to_string(),
+                exec_id: exec_id.to_owned(),
+                code: 0,
+            }));
+        }
+        ended.await.unwrap();
+        assert!(shim.running_execs(&id).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_shim_that_is_not_the_one_meant_is_left_alone() {
+        let (dir, _fake, shim, _messages) = connected(|_| Answer::Silence).await;
+        let own = shim.process();
+        let stranger = ProcessRef {
+            start_time: own.start_time + 1,
+            ..own
+        };
+        let (mailbox, _) = mpsc::channel(8);
+        let socket = dir.path().join("shim.sock");
+        let pod = PodId::from_random([7; 32]);
+        let outcome = Shim::connect_to(Some(stranger), &pod, &socket, LIMIT, mailbox).await;
+        assert!(outcome.unwrap_err().to_string().contains("socket"));
     }
 
     #[tokio::test]

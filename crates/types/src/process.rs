@@ -10,7 +10,7 @@ pub struct ProcessRef {
 }
 
 /// How a container's first process ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exit {
     /// Exit code; 128 + n after signal n.
     pub code: i32,

@@ -1,6 +1,6 @@
 //! The pod itself: holder, namespaces, pins, connections, shutdown.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::common::{Daemon, boot, eventually, pod, records, skip};

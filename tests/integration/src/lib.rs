@@ -286,6 +286,70 @@ impl Node {
         serde_json::from_str(&status.info["info"]).expect("JSON")
     }
 
+    /// Pid of the pod's shim.
+    pub async fn shim_pid(&self, pod: &Pod) -> i32 {
+        let pid = self.pod_info(&pod.id).await["shimPid"].as_i64().unwrap();
+        assert!(pid > 1);
+        i32::try_from(pid).unwrap()
+    }
+
+    /// Waits until the pod's shim can die without it, and without these containers.
+    pub async fn outlives_shim(&self, pod: &Pod, containers: &[&str]) {
+        eventually("the holder is kept", async || {
+            let info = self.pod_info(&pod.id).await;
+            let kept = info["outlivesShim"].as_bool().unwrap();
+            // It gives its memory back then, and its arguments are in there.
+            let cmdline = std::fs::read(format!("/proc/{}/cmdline", info["pid"]));
+            let small = cmdline.is_ok_and(|text| text.iter().all(|&byte| byte == 0));
+            (kept && small).then_some(())
+        })
+        .await;
+        for id in containers {
+            eventually("the container is in custody", async || {
+                let info = self.container_info(id).await;
+                info["outlivesShim"].as_bool().unwrap().then_some(())
+            })
+            .await;
+        }
+    }
+
+    /// kill -9 of the pod's shim.
+    pub async fn kill_shim(&self, pod: &Pod) {
+        let shim = nix::unistd::Pid::from_raw(self.shim_pid(pod).await);
+        nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).expect("kill");
+    }
+
+    /// Kills the pod's holder, and the shim when that has ended: the pod cannot go on.
+    pub async fn kill_holder_and_shim(&self, pod: &Pod) {
+        let info = self.pod_info(&pod.id).await;
+        let pid = |key: &str| i32::try_from(info[key].as_i64().unwrap()).unwrap();
+        let kill = |pid: i32| {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill");
+        };
+        let (holder, shim) = (pid("pid"), pid("shimPid"));
+        kill(holder);
+        eventually("the holder ends", async || {
+            (!std::path::Path::new(&format!("/proc/{holder}")).exists()).then_some(())
+        })
+        .await;
+        kill(shim);
+    }
+
+    /// Waits until the pod's shim was replaced so many times; returns how long that took.
+    pub async fn adopted(&self, pod: &Pod, times: u64) -> Duration {
+        let began = Instant::now();
+        loop {
+            let info = self.pod_info(&pod.id).await;
+            if info["shimAdoptions"].as_u64() == Some(times) {
+                return began.elapsed();
+            }
+            assert_eq!(info["notReadyReason"], "", "the pod is lost");
+            assert!(began.elapsed() < PATIENCE, "nobody took over: {info}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// The pod's first address.
     pub async fn ip(&self, pod: &Pod) -> String {
         let status = self

@@ -129,6 +129,7 @@ impl Runtime {
             "sandboxID": view.facts.pod.as_str(),
             "pid": pid,
             "snapshotter": view.facts.record.snapshotter,
+            "outlivesShim": view.in_custody,
             "config": crate::json::of("ContainerConfig", &view.facts.config),
             "runtimeSpec": spec.unwrap_or_default(),
         })

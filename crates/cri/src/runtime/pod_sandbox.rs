@@ -106,6 +106,8 @@ impl Runtime {
             "cniResult": network,
             "overhead": view.overhead.as_ref().map(of),
             "resources": view.resources.as_ref().map(of),
+            "shimAdoptions": view.shim_adoptions,
+            "outlivesShim": view.holder_kept,
         })
     }
 

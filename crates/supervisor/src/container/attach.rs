@@ -185,6 +185,7 @@ mod tests {
             state: ContainerState::Created,
             resources: None,
             user: None,
+            in_custody: false,
         };
         let stdio = Stdio {
             stdout: true,

@@ -28,6 +28,7 @@ use crate::Error;
 use crate::pod::{Driver, Reply, Request, answer};
 use crate::records::{container_state, set_container_state};
 use crate::registry::{ContainerFacts, ContainerView};
+use crate::shim::Custody;
 
 pub(crate) use attach::attach;
 pub use attach::{Attachment, AttachmentEnd, ContainerTerminal};
@@ -37,7 +38,8 @@ pub use exec::{ExecOutput, TerminalSize};
 pub(crate) use mounts::unmount;
 pub(crate) use session::exec;
 pub use session::{Exec, ExecIo, ExecProcess, Terminal};
-pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files};
+pub(crate) use start::start_request;
+pub(crate) use stop::{StopWish, lost_exit, read_exit, remove_files, unknown_exit};
 
 pub(crate) struct Container {
     pub(crate) facts: Arc<ContainerFacts>,
@@ -58,6 +60,8 @@ pub(crate) struct Container {
     pub(crate) end_noted: bool,
     /// SIGKILL did not help; cleared by the next attempt.
     pub(crate) kill_failed: bool,
+    /// Present while it runs: with it the container outlives its shim.
+    pub(crate) custody: Option<Custody>,
 }
 
 impl Container {
@@ -74,6 +78,7 @@ impl Container {
             early_exit: None,
             end_noted: false,
             kill_failed: false,
+            custody: None,
         }
     }
 
@@ -84,6 +89,7 @@ impl Container {
             state: self.state.clone(),
             resources: resources.ok(),
             user: self.status.user.clone(),
+            in_custody: self.custody.is_some(),
         }
     }
 
@@ -118,6 +124,10 @@ impl Container {
 impl Driver {
     /// Begins what the wishes for one container still need.
     pub(crate) fn advance_container(&mut self, id: &ContainerId) {
+        // Whatever it is, it needs the shim that is to come, or its absence to be certain.
+        if self.adopting() {
+            return;
+        }
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };

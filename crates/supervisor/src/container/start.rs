@@ -7,10 +7,11 @@ use gantry_shim_api::v1::{self, request};
 use gantry_types::{ContainerId, ContainerState, Decision, ErrorKind, Exit, ProcessRef};
 use tokio::time::Instant;
 
-use crate::Error;
 use crate::clock::now_ns;
 use crate::pod::{Asked, Driver, Reply, SHIM_ENDED, blocking};
+use crate::registry::ContainerFacts;
 use crate::shim::Shim;
+use crate::{Context, Error};
 
 pub(super) const STARTING: &str = "starting";
 
@@ -47,21 +48,8 @@ impl Driver {
         };
         container.busy = Some(STARTING);
         let facts = Arc::clone(&container.facts);
-        let config = &facts.config;
-        let own_pid_namespace = super::resolve::own_pid_namespace(config, asked);
-        let bundle = self.ctx.records.dirs.container(id);
-        let body = v1::Start {
-            container_id: id.to_string(),
-            bundle: bundle.to_string_lossy().into_owned(),
-            log_path: facts.record.log_path.clone(),
-            tty: config.tty,
-            stdin: config.stdin,
-            stdin_once: config.stdin_once,
-            oom_file: facts.record.oom_file.clone(),
-            cgroup_dir: facts.record.cgroup_dir.clone(),
-            // The end of a PID namespace's first process ends all others by itself.
-            kill_cgroup_on_exit: !own_pid_namespace,
-        };
+        let body = start_request(&self.ctx, &facts, asked);
+        let process = shim.process();
         let ctx = Arc::clone(&self.ctx);
         let base = container.status.clone();
         let key = id.clone();
@@ -95,7 +83,7 @@ impl Driver {
                 (started, status, recorded, adopted)
             },
             move |driver, (started, status, recorded, adopted)| {
-                driver.finish_start(&id, started, status, recorded, reply);
+                driver.finish_start(&id, process, (started, status, recorded), reply);
                 if adopted {
                     // Its exit may have been told to nobody.
                     driver.resynchronise();
@@ -115,9 +103,8 @@ impl Driver {
     fn finish_start(
         &mut self,
         id: &ContainerId,
-        started: Result<ProcessRef, Error>,
-        status: gantry_store::record::ContainerStatus,
-        recorded: Result<(), Error>,
+        asked: ProcessRef,
+        (started, status, recorded): Outcome,
         reply: Reply<()>,
     ) {
         let Some(container) = self.containers.get_mut(id) else {
@@ -126,7 +113,7 @@ impl Driver {
         container.busy = None;
         container.set_status(status);
         let early_exit = container.early_exit.take();
-        let unknown = matches!(container.state, ContainerState::Unknown { .. });
+        let runs = container.state.may_stop() == Decision::Go;
         self.publish();
         let outcome = match started {
             Ok(_) => recorded,
@@ -139,16 +126,38 @@ impl Driver {
         };
         let _ = reply.send(outcome);
         if let Some(exit) = early_exit {
-            let exit = v1::ExitRecord {
-                code: exit.code,
-                finished_at: exit.finished_at,
-                oom_killed: exit.oom_killed,
-            };
-            self.container_exited(id, &exit);
-        } else if unknown && self.shim.is_none() {
+            self.exited(id, exit);
+        } else if runs && !self.adopting() && !self.has_shim(asked) {
             // The news of the shim's end came first, when there was nothing to be lost yet.
             self.container_lost(id, SHIM_ENDED);
+        } else {
+            self.take_custody(id);
         }
+    }
+}
+
+/// What became of a start: the process, the status that says so, and whether that is on record.
+type Outcome = (
+    Result<ProcessRef, Error>,
+    gantry_store::record::ContainerStatus,
+    Result<(), Error>,
+);
+
+/// What the shim needs to know of a container, whether it starts it or takes it over.
+pub(crate) fn start_request(ctx: &Context, facts: &ContainerFacts, asked: Asked) -> v1::Start {
+    let config = &facts.config;
+    let bundle = ctx.records.dirs.container(&facts.id);
+    v1::Start {
+        container_id: facts.id.to_string(),
+        bundle: bundle.to_string_lossy().into_owned(),
+        log_path: facts.record.log_path.clone(),
+        tty: config.tty,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        oom_file: facts.record.oom_file.clone(),
+        cgroup_dir: facts.record.cgroup_dir.clone(),
+        // The end of a PID namespace's first process ends all others by itself.
+        kill_cgroup_on_exit: !super::resolve::own_pid_namespace(config, asked),
     }
 }
 

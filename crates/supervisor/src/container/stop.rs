@@ -142,13 +142,22 @@ impl Driver {
             all: false,
         };
         let id = id.clone();
+        let process = shim.process();
         self.effect(
             async move { shim.done(request::Body::Signal(body), limit).await },
-            move |_, outcome| {
+            move |driver, outcome| {
                 // It may have ended by itself; the exit event tells. A shim that does not answer
                 // is found out at the deadline.
-                if let Err(error) = outcome {
-                    tracing::debug!(container = %id, signal, %error, "signal");
+                let Err(error) = outcome else { return };
+                tracing::debug!(container = %id, signal, %error, "signal");
+                let wish = driver.containers.get_mut(&id);
+                let wish = wish.and_then(|container| container.stop.as_mut());
+                if let Some(wish) = wish
+                    && matches!(wish.stage, Stage::Signalled | Stage::Killed { .. })
+                    && !gantry_sys::process::alive(process)
+                {
+                    // The next shim is to send it.
+                    wish.stage = Stage::Wished;
                 }
             },
         );
@@ -191,8 +200,7 @@ impl Driver {
             code: exit.code,
             finished_at: exit.finished_at,
             oom_killed: exit.oom_killed,
-            reason: String::new(),
-            message: String::new(),
+            ..unknown_exit(exit.unknown)
         };
         self.exited(id, exit);
     }
@@ -236,6 +244,7 @@ impl Driver {
             ContainerState::Creating | ContainerState::Exited { .. } => return,
         };
         container.end_noted = true;
+        container.custody = None;
         // We note a start when its answer arrives; a short command has ended by then.
         let started_at = started_at.min(exit.finished_at);
         let state = ContainerState::Exited { exit, started_at };
@@ -273,11 +282,11 @@ impl Driver {
                     container_id: key.to_string(),
                 };
                 let limit = ctx.settings.timeouts.runtime;
-                let deleted = match shim {
-                    Some(shim) => shim.done(request::Body::Delete(body), limit).await,
-                    None => delete_from_runtime(&ctx, &handler, &key).await,
-                };
-                deleted?;
+                if let Some(shim) = shim {
+                    shim.done(request::Body::Delete(body), limit).await?;
+                }
+                // What the shim never knew, because another had started it; nothing else.
+                delete_from_runtime(&ctx, &handler, &key).await?;
                 let state = ctx.settings.handler(&handler);
                 let state = state.map(|handler| handler.root.join(key.as_str()));
                 blocking(move || {
@@ -339,6 +348,16 @@ pub(crate) async fn lost_exit(
     }
 }
 
+/// What is told of an exit whose code the shim could not learn; nothing of any other.
+pub(crate) fn unknown_exit(unknown: bool) -> Exit {
+    let mut exit = Exit::default();
+    if unknown {
+        exit.reason = Exit::UNKNOWN.to_owned();
+        exit.message = "its shim had died, and this kernel tells nobody else the code".to_owned();
+    }
+    exit
+}
+
 /// The exit record that a shim left in the bundle.
 pub(crate) fn read_exit(bundle: &std::path::Path) -> Option<Exit> {
     use prost::Message;
@@ -349,8 +368,7 @@ pub(crate) fn read_exit(bundle: &std::path::Path) -> Option<Exit> {
             code: record.code,
             finished_at: record.finished_at,
             oom_killed: record.oom_killed,
-            reason: String::new(),
-            message: String::new(),
+            ..unknown_exit(record.unknown)
         }),
         Err(error) => {
             tracing::error!(path = %path.display(), %error, "exit record cannot be read");

@@ -10,6 +10,7 @@
 //! after every message and begins the next effect. Starting, stopping and removing are therefore
 //! wishes in memory, never states in a record: after a crash the kubelet repeats them.
 
+mod adoption;
 mod files;
 mod requests;
 mod run;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use gantry_cri_api::v1 as cri;
 use gantry_shim_api::v1;
 use gantry_store::record;
-use gantry_types::{ContainerId, ContainerState, Decision, PodId, PodState, ProcessRef};
+use gantry_types::{ContainerId, ContainerState, PodId, PodState, ProcessRef};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::container::Container;
@@ -35,7 +36,8 @@ use crate::{Context, Error};
 pub(crate) use requests::{Awaited, Reply, Request};
 pub(crate) use run::{Asked, check, host_network, hostname, selinux_options};
 pub(crate) use teardown::{
-    delete_from_runtime, end_shim, kill, kill_cgroup, release_network, remove_state, sweep,
+    delete_from_runtime, end_holder, end_runtime_calls, end_shim, kill, kill_cgroup,
+    release_network, remove_state, sweep,
 };
 
 /// Messages that may wait in a driver's mailbox before senders are made to wait.
@@ -47,9 +49,9 @@ pub(crate) const SHIM_ENDED: &str = "the pod's shim ended";
 pub(crate) enum Msg {
     Request(Request),
     Event(v1::event::Body),
-    /// The connection to the shim ended; its process may live on.
-    Disconnected,
-    ShimExited,
+    /// The connection to this shim ended; its process may live on.
+    Disconnected(ProcessRef),
+    ShimExited(ProcessRef),
     /// An effect has ended.
     Apply(Box<dyn FnOnce(&mut Driver) + Send>),
 }
@@ -75,6 +77,12 @@ pub(crate) struct Driver {
     swept: bool,
     /// Shim or holder ended while the pod was made.
     lost_early: Option<&'static str>,
+    /// The holder outlives the shim: the shim has said so.
+    holder_kept: bool,
+    /// Present while a shim that has died is replaced.
+    adoption: Option<adoption::Adoption>,
+    /// When a shim was replaced of late.
+    adopted_at: Vec<tokio::time::Instant>,
     ended: bool,
     mailbox: mpsc::Sender<Msg>,
 }
@@ -101,6 +109,9 @@ impl Driver {
             busy: None,
             swept: false,
             lost_early: None,
+            holder_kept: false,
+            adoption: None,
+            adopted_at: Vec::new(),
             ended: false,
             mailbox,
         }
@@ -112,8 +123,8 @@ impl Driver {
             match message {
                 Msg::Request(request) => self.request(request),
                 Msg::Event(event) => self.event(event),
-                Msg::Disconnected => self.disconnected(),
-                Msg::ShimExited => self.shim_exited(),
+                Msg::Disconnected(shim) => self.disconnected(shim),
+                Msg::ShimExited(shim) => self.shim_exited(shim),
                 Msg::Apply(apply) => apply(&mut self),
             }
             self.advance();
@@ -196,6 +207,8 @@ impl Driver {
             half_made: self.status.half_made,
             ips: self.status.ips.clone(),
             network_result: self.status.network_result.clone(),
+            shim_adoptions: self.status.shim_adoptions,
+            holder_kept: self.holder_kept,
             overhead: told(
                 &self.status.overhead,
                 linux.and_then(|linux| linux.overhead.clone()),
@@ -244,10 +257,18 @@ impl Driver {
 
     /// A shim that closed the connection and lives: it was taken over or it is broken. Connect
     /// again; a shim that cannot be reached is killed, and its death is handled as such.
-    fn disconnected(&mut self) {
+    fn disconnected(&mut self, process: ProcessRef) {
+        if let Some(adoption) = &mut self.adoption {
+            adoption.disconnected = Some(process);
+            return;
+        }
         let Some(shim) = self.shim.clone() else {
             return;
         };
+        // One that has ended is not to be reached: the news of that is on its way.
+        if shim.process() != process || !gantry_sys::process::alive(process) {
+            return;
+        }
         if self.stop.is_some() || self.busy.is_some() {
             return;
         }
@@ -258,16 +279,19 @@ impl Driver {
             async move {
                 let socket = ctx.records.dirs.socket(&id);
                 let limit = ctx.settings.timeouts.shim_call;
-                let connected = Shim::connect(&id, &socket, limit, mailbox).await;
+                let connected = Shim::connect_to(Some(process), &id, &socket, limit, mailbox).await;
                 if connected.is_err() {
                     shim.kill();
                 }
                 connected
             },
-            |driver, connected| match connected {
+            move |driver, connected| match connected {
+                // It may have ended, and even been replaced, meanwhile.
+                Ok(_) if driver.shim.as_ref().map(|shim| shim.process()) != Some(process) => {}
                 Ok((shim, _)) => {
                     driver.shim = Some(shim);
                     driver.resynchronise();
+                    driver.prepare_for_loss();
                 }
                 Err(error) => {
                     tracing::warn!(pod = %driver.id(), %error, "shim cannot be reached again");
@@ -298,25 +322,22 @@ impl Driver {
         );
     }
 
-    fn shim_exited(&mut self) {
+    fn shim_exited(&mut self, process: ProcessRef) {
         if self.state == PodState::Creating {
             // The holder's end, which comes along, says less.
             self.lost_early = Some(SHIM_ENDED);
             return;
         }
-        // A shim that was asked to end is no loss.
-        if self.shim.take().is_none() || self.busy == Some(stop::STOPPING) {
+        // Every connection to it has told; one of them counts.
+        if self.shim.as_ref().map(|shim| shim.process()) != Some(process) {
             return;
         }
-        self.lose(SHIM_ENDED);
-        let running: Vec<_> = self
-            .containers
-            .iter()
-            .filter(|(_, container)| container.state.may_stop() == Decision::Go)
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in running {
-            self.container_lost(&id, SHIM_ENDED);
+        // A shim that was asked to end is no loss.
+        let lost = self.shim.take();
+        if let Some(lost) = lost
+            && self.busy != Some(stop::STOPPING)
+        {
+            self.replace_shim(&lost);
         }
     }
 
@@ -383,10 +404,19 @@ impl Driver {
     /// The recorded shim process, for a pod whose shim cannot be reached by its socket. One of an
     /// earlier boot is none: its pid and start time may be somebody else's now.
     pub(crate) fn recorded_shim(&self) -> Option<ProcessRef> {
+        self.of_this_boot(self.status.shim)
+    }
+
+    /// The recorded holder, which may outlive every shim. As `recorded_shim` for an earlier boot.
+    pub(crate) fn recorded_holder(&self) -> Option<ProcessRef> {
+        self.of_this_boot(self.status.holder)
+    }
+
+    fn of_this_boot(&self, process: Option<record::ProcessRef>) -> Option<ProcessRef> {
         if self.facts.record.boot_id != self.ctx.settings.boot_id {
             return None;
         }
-        self.status.shim.map(|process| ProcessRef {
+        process.map(|process| ProcessRef {
             pid: process.pid,
             start_time: process.start_time,
         })

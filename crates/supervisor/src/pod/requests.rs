@@ -71,6 +71,13 @@ pub(crate) enum Request {
 
 impl Driver {
     pub(super) fn request(&mut self, request: Request) {
+        if let (Some(adoption), Request::ReopenLog { .. } | Request::Running { .. }) =
+            (&mut self.adoption, &request)
+        {
+            // They need the shim that is to come.
+            adoption.deferred.push(request);
+            return;
+        }
         match request {
             Request::AwaitReady(reply) => match &self.state {
                 PodState::Creating => self.creating.push(reply),

@@ -163,6 +163,7 @@ impl Driver {
                     let error = Error::internal("make pod sandbox", reason);
                     return answer(waiters, &Err(error));
                 }
+                self.prepare_for_loss();
                 self.publish();
                 answer(waiters, &Ok(Awaited::Ready(self.id().clone())));
             }
@@ -263,7 +264,7 @@ async fn steps(
 
     undo.push("end shim", {
         let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
-        async move { teardown::end_shim(&ctx, &facts, None, None).await }
+        async move { teardown::end_shim(&ctx, &facts, None, None, None).await }
     });
     let limit = ctx.settings.timeouts.shim_start;
     let ready = spawn(&ctx.settings.shim, id, &bootstrap, limit).await?;
@@ -326,24 +327,40 @@ async fn place(
     holder: ProcessRef,
     shim: ProcessRef,
 ) -> Result<(), Error> {
-    let (Some(scopes), [holder_scope, shim_scope]) = (&ctx.scopes, facts.record.scopes.as_slice())
-    else {
+    let (Some(scopes), [name, _]) = (&ctx.scopes, facts.record.scopes.as_slice()) else {
         return Ok(());
     };
     let cgroups = &ctx.settings.cgroups;
     let linux = facts.config.linux.as_ref();
     let parent = cgroups.parent(linux.map_or("", |linux| linux.cgroup_parent.as_str()))?;
+    let holder = scope(facts, name, cgroups.slice(parent), "sandbox", holder);
+    let (holder, shim) = tokio::join!(scopes.start(&holder), place_shim(ctx, facts, shim));
+    holder.map_err(Error::step("make scope")).and(shim)
+}
+
+/// As `place`, of the shim alone.
+pub(super) async fn place_shim(
+    ctx: &Context,
+    facts: &PodFacts,
+    shim: ProcessRef,
+) -> Result<(), Error> {
+    let (Some(scopes), [_, name]) = (&ctx.scopes, facts.record.scopes.as_slice()) else {
+        return Ok(());
+    };
+    let cgroups = &ctx.settings.cgroups;
+    let scope = scope(facts, name, cgroups.slice(&cgroups.shims), "shim", shim);
+    let started = scopes.start(&scope).await;
+    started.map_err(Error::step("make scope"))
+}
+
+fn scope(facts: &PodFacts, name: &str, slice: &str, what: &str, process: ProcessRef) -> Scope {
     let metadata = facts.config.metadata.clone().unwrap_or_default();
-    let scope = |name: &str, slice: &str, what: &str, process: ProcessRef| Scope {
+    Scope {
         name: name.to_owned(),
         slice: slice.to_owned(),
         description: format!("gantry {what} of {}/{}", metadata.namespace, metadata.name),
         pid: process.pid,
-    };
-    let holder = scope(holder_scope, cgroups.slice(parent), "sandbox", holder);
-    let shim = scope(shim_scope, cgroups.slice(&cgroups.shims), "shim", shim);
-    let (holder, shim) = tokio::join!(scopes.start(&holder), scopes.start(&shim));
-    holder.and(shim).map_err(Error::step("make scope"))
+    }
 }
 
 async fn attach(ctx: &Context, facts: &PodFacts) -> Result<Option<Attached>, Error> {
@@ -368,7 +385,11 @@ pub(crate) fn hostname(config: &cri::PodSandboxConfig) -> String {
         .unwrap_or_else(|_| "localhost".to_owned())
 }
 
-fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::Bootstrap, Error> {
+pub(super) fn bootstrap(
+    ctx: &Context,
+    facts: &PodFacts,
+    handler: &Handler,
+) -> Result<v1::Bootstrap, Error> {
     let asked = Asked::of(&facts.config);
     let dirs = &ctx.records.dirs;
     // systemd moves both when they are there.
@@ -419,6 +440,8 @@ fn bootstrap(ctx: &Context, facts: &PodFacts, handler: &Handler) -> Result<v1::B
         }),
         oom_score_adj: ctx.settings.shim_oom_score_adj,
         cgroup_dirs: shim_cgroup_dirs,
+        adopt: None,
+        open_files: ctx.settings.open_files,
     })
 }
 

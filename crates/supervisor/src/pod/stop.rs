@@ -63,6 +63,7 @@ impl Driver {
         self.busy = Some(STOPPING);
         let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
         let (shim, recorded) = (self.shim.take(), self.recorded_shim());
+        let holder = self.recorded_holder();
         let released = self.network_released();
         let raw = if self.status.network_result.is_empty() {
             facts.record.network_intent.clone()
@@ -89,7 +90,7 @@ impl Driver {
                 // The namespace stays while a plugin still has to detach from it.
                 if failed.is_none() {
                     let ended = async {
-                        teardown::end_shim(&ctx, &facts, shim.clone(), recorded).await?;
+                        teardown::end_shim(&ctx, &facts, shim.clone(), recorded, holder).await?;
                         let (ctx, facts) = (Arc::clone(&ctx), Arc::clone(&facts));
                         blocking(move || teardown::sweep(&ctx, &facts)).await
                     };

@@ -40,17 +40,56 @@ fn is_netns(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Ends a pod's shim and with it the holder, and then their scopes.
+/// Ends a pod's shim and with it the holder, and then their scopes. A holder that is on record may
+/// have outlived its shim.
 pub(crate) async fn end_shim(
     ctx: &Arc<Context>,
     facts: &Arc<PodFacts>,
     shim: Option<Arc<Shim>>,
     recorded: Option<ProcessRef>,
+    holder: Option<ProcessRef>,
 ) -> Result<(), Error> {
     end_process(ctx, facts, shim, recorded).await?;
     failpoint::at("shim::ended")?;
-    stop_scopes(ctx, facts).await;
+    if let Some(holder) = holder {
+        end_holder(ctx, holder).await?;
+    }
+    match &ctx.scopes {
+        Some(_) => stop_scopes(ctx, facts).await,
+        // It may have been killed in the middle of one.
+        None => end_runtime_calls(ctx, facts).await?,
+    }
     Ok(())
+}
+
+/// Kills a pod's holder and waits until it has ended.
+pub(crate) async fn end_holder(ctx: &Context, holder: ProcessRef) -> Result<(), Error> {
+    kill(holder).map_err(|error| Error::internal("kill holder", error))?;
+    if wait_gone(holder, ctx.settings.timeouts.kill).await {
+        return Ok(());
+    }
+    Err(Error::Deadline {
+        what: format!("end of holder process {}", holder.pid),
+        seconds: ctx.settings.timeouts.kill.as_secs(),
+    })
+}
+
+/// Ends the calls of the OCI runtime that a dead shim has left: they are in its cgroup. Nobody
+/// would read what they answer, and they would go on with containers that others now deal with.
+pub(crate) async fn end_runtime_calls(
+    ctx: &Arc<Context>,
+    facts: &Arc<PodFacts>,
+) -> Result<(), Error> {
+    if let (Some(scopes), [_, shim]) = (&ctx.scopes, facts.record.scopes.as_slice()) {
+        // Also the name becomes free.
+        return scopes.stop(shim).await.map_err(Error::step("stop scope"));
+    }
+    let (facts, limit) = (Arc::clone(facts), ctx.settings.timeouts.kill);
+    blocking(move || {
+        let mut dirs = facts.record.shim_cgroup_dirs.iter();
+        dirs.try_for_each(|dir| kill_cgroup(Path::new(dir), limit))
+    })
+    .await
 }
 
 /// Has systemd forget the pod's scopes. Their processes have ended, and without any they go by
@@ -94,9 +133,9 @@ async fn end_process(
     };
     let process = match (&shim, recorded) {
         (Some(shim), _) => Some(shim.process()),
-        (None, Some(recorded)) => Some(recorded),
+        (None, Some(recorded)) if gantry_sys::process::alive(recorded) => Some(recorded),
         // Nobody has recorded it yet, and it does not answer: whoever holds the socket is it.
-        (None, None) => crate::shim::listener_of(&ctx.records.dirs.socket(&facts.id)).await,
+        (None, _) => crate::shim::listener_of(&ctx.records.dirs.socket(&facts.id)).await,
     };
     if let Some(shim) = &shim {
         let body = request::Body::Shutdown(v1::Shutdown {});
@@ -129,7 +168,7 @@ pub(crate) fn kill(process: ProcessRef) -> std::io::Result<()> {
 }
 
 /// Waits until a process has ended; false when it has not.
-async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
+pub(super) async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + limit;
     let mut pause = Duration::from_micros(200);
     while gantry_sys::process::alive(process) {

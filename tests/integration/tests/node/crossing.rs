@@ -249,7 +249,7 @@ impl Request {
 }
 
 /// How often each failpoint has been passed, by a trace.
-fn passed(trace: &Path) -> BTreeMap<String, usize> {
+pub(crate) fn passed(trace: &Path) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for name in std::fs::read_to_string(trace).unwrap_or_default().lines() {
         *counts.entry(name.to_owned()).or_default() += 1;
@@ -329,8 +329,9 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
                     }
                 }
                 Trouble::KillShim => {
-                    missed += usize::from(!pod_is_lost(node, &answer).await);
-                    // The pod is no more; what comes after it must be.
+                    missed += usize::from(!loss_is_over(node, &answer).await);
+                    // Another shim has the pod, or it is no more: either can be removed, and what
+                    // comes after it must be.
                     clean_up(node, &bystander.id, &scene).await;
                     node.assert_clean_but_daemon();
                     node.daemon.kill().unwrap();
@@ -377,9 +378,9 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
     assert!(missed * 4 <= crossed, "{missed} of {crossed} not met");
 }
 
-/// Waits until the pod whose shim has died is known to have ended, and all that was in it. Whether
-/// it did: the request may not have got so far.
-async fn pod_is_lost(node: &Node, answer: &cri::Result<()>) -> bool {
+/// Waits until another shim has taken over the pod whose shim has died, or it is known to have ended,
+/// and all that was in it. Whether it did: the request may not have got so far.
+async fn loss_is_over(node: &Node, answer: &cri::Result<()>) -> bool {
     for _ in 0..300 {
         let pods = node.client.list_pods(None).await.unwrap();
         let crossed = pods
@@ -391,7 +392,8 @@ async fn pod_is_lost(node: &Node, answer: &cri::Result<()>) -> bool {
             container.pod_sandbox_id == pod.id
                 && container.state() == v1::ContainerState::ContainerRunning
         });
-        if pod.state() == v1::PodSandboxState::SandboxNotready && !lives {
+        let adopted = node.pod_info(&pod.id).await["shimAdoptions"] != 0;
+        if adopted || pod.state() == v1::PodSandboxState::SandboxNotready && !lives {
             return true;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -401,7 +403,7 @@ async fn pod_is_lost(node: &Node, answer: &cri::Result<()>) -> bool {
 }
 
 /// Whether the daemon ends soon, after it has answered.
-async fn dies(node: &mut Node) -> bool {
+pub(crate) async fn dies(node: &mut Node) -> bool {
     for _ in 0..100 {
         if !node.daemon.running() {
             return true;

@@ -20,8 +20,9 @@ async fn not_ready(node: &Node, pod: &Pod) {
 }
 
 #[test]
-fn a_killed_shim_takes_its_pod_and_no_other() {
-    on_plain_node("a_killed_shim_takes_its_pod_and_no_other", async |node| {
+fn a_shim_killed_with_its_holder_takes_its_pod_and_no_other() {
+    const NAME: &str = "a_shim_killed_with_its_holder_takes_its_pod_and_no_other";
+    on_plain_node(NAME, async |node| {
         let image = node.busybox().await;
         let (lost, other) = (node.pod("lost").await, node.pod("other").await);
         let first = node.run(&lost, &sleeper("first", &image)).await;
@@ -32,7 +33,7 @@ fn a_killed_shim_takes_its_pod_and_no_other() {
         let pid = node.container_info(&first).await["pid"].as_i64().unwrap();
 
         let began = std::time::Instant::now();
-        kill_part(node, &lost, "shimPid").await;
+        node.kill_holder_and_shim(&lost).await;
         not_ready(node, &lost).await;
         for id in [&first, &second] {
             let status = node.exited(id).await;

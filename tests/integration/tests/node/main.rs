@@ -2,6 +2,7 @@
 //!
 //! One program, so that the tests share what is built once and cargo links once.
 
+mod adopted;
 mod advisories;
 mod chaos;
 mod containers;

@@ -261,6 +261,7 @@ fn a_step_that_fails_is_taken_back() {
                 node.assert_clean();
             }
             let pod = node.run_pod(&config).await;
+            node.outlives_shim(&pod, &[]).await;
             let before = node.daemon.snapshot();
             let config = sleeper("c", &image);
             for point in containers {

@@ -322,10 +322,7 @@ fn what_a_killed_runtime_left_mounted_goes_with_its_container() {
                 let bind = nix::mount::MsFlags::MS_BIND;
                 nix::mount::mount(Some(&torn), &torn, None::<&str>, bind, None::<&str>).unwrap();
                 if !with_shim {
-                    let info = node.pod_info(&pod.id).await;
-                    let shim = i32::try_from(info["shimPid"].as_i64().unwrap()).unwrap();
-                    let shim = nix::unistd::Pid::from_raw(shim);
-                    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).unwrap();
+                    node.kill_holder_and_shim(&pod).await;
                     node.exited(&id).await;
                 }
                 node.client.stop(&id, 0).await.unwrap();

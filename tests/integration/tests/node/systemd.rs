@@ -174,6 +174,31 @@ fn limits_under_systemd_hold_and_out_of_memory_is_told() {
 }
 
 #[test]
+fn a_new_shim_is_in_the_scope_of_the_one_that_died() {
+    on_systemd_node(
+        "a_new_shim_is_in_the_scope_of_the_one_that_died",
+        Options::default(),
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.pod("adopted").await;
+            let id = node.run(&pod, &sleeper("c", &image)).await;
+            let before = cgroup_of(node.shim_pid(&pod).await.into());
+            for round in 1..=3 {
+                node.outlives_shim(&pod, &[&id]).await;
+                node.kill_shim(&pod).await;
+                let took = node.adopted(&pod, round).await;
+                println!("KILL TO ADOPTED {} us", took.as_micros());
+                let shim = node.shim_pid(&pod).await;
+                assert_eq!(cgroup_of(shim.into()), before);
+            }
+            assert_eq!(node.sh(&id, "echo x").await, "x");
+            node.client.stop_pod(&pod.id).await.unwrap();
+            assert_eq!(units(&pod.id[..32]), [""; 0]);
+        },
+    );
+}
+
+#[test]
 fn a_pod_half_made_under_systemd_is_taken_back() {
     const NAME: &str = "a_pod_half_made_under_systemd_is_taken_back";
     if !daemon::has_failpoints().unwrap() {

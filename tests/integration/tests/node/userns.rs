@@ -298,3 +298,31 @@ fn a_user_namespace_on_copies() {
         },
     );
 }
+
+#[test]
+fn a_pod_with_a_user_namespace_outlives_its_shim() {
+    on_capable_node(
+        "a_pod_with_a_user_namespace_outlives_its_shim",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = run(node, config(node, "adopted")).await;
+            let id = node.run(&pod, &sleeper("c", &image)).await;
+            let created = node.create(&pod, &sleeper("later", &image)).await;
+            node.outlives_shim(&pod, &[&id]).await;
+            node.kill_shim(&pod).await;
+            node.adopted(&pod, 1).await;
+            // Its streams still belong to the pod's root.
+            for id in [&id, &created] {
+                if !node.is_running(id).await {
+                    node.client.start(id).await.unwrap();
+                }
+                let map = node
+                    .sh(id, "cat /proc/self/uid_map; echo x > /dev/stdout")
+                    .await;
+                assert!(map.contains(&BASE.to_string()), "{map}");
+            }
+            node.client.stop(&id, 20).await.unwrap();
+            assert_eq!(node.exited(&id).await.exit_code, 0);
+        },
+    );
+}

@@ -15,17 +15,17 @@ const V5: &str = "v5.channel.k8s.io";
 
 /// Which streams are asked for.
 #[derive(Clone, Copy, Default)]
-struct Stdio {
+pub(crate) struct Stdio {
     stdin: bool,
     tty: bool,
 }
 
-const PIPES: Stdio = Stdio {
+pub(crate) const PIPES: Stdio = Stdio {
     stdin: true,
     tty: false,
 };
 
-const TTY: Stdio = Stdio {
+pub(crate) const TTY: Stdio = Stdio {
     stdin: true,
     tty: true,
 };
@@ -58,7 +58,7 @@ async fn exec(node: &Node, id: &str, script: &str, stdio: Stdio) -> Socket {
     streaming::connect(node.daemon.netns(), &url, V5).expect("upgrade")
 }
 
-async fn attach(node: &Node, id: &str, stdio: Stdio) -> Socket {
+pub(crate) async fn attach(node: &Node, id: &str, stdio: Stdio) -> Socket {
     let mut client = node.client.runtime.clone();
     let answer = client.attach(attach_request(id, stdio)).await;
     let url = answer.expect("Attach").into_inner().url;
