@@ -59,8 +59,34 @@ impl Driver {
         self.begin_stop();
     }
 
+    /// Records that the pod ends before it is seen to, and before anything is taken from it: one
+    /// that was shown NOT_READY must not come back after a crash, without its network.
     fn begin_stop(&mut self) {
         self.busy = Some(STOPPING);
+        if matches!(self.state, PodState::NotReady { .. }) {
+            return self.take_down();
+        }
+        let state = PodState::NotReady {
+            reason: "stopped".to_owned(),
+        };
+        let mut status = self.status.clone();
+        crate::records::set_pod_state(&mut status, &state);
+        let (ctx, id) = (Arc::clone(&self.ctx), self.id().clone());
+        self.blocking(
+            move || ctx.records.put_pod_status(&id, &status),
+            move |driver, outcome| {
+                // A full disk keeps no pod alive; the outcome of the stop is recorded again.
+                if let Err(error) = outcome {
+                    tracing::warn!(pod = %driver.id(), %error, "end of the pod not recorded");
+                }
+                driver.set_state(state);
+                driver.publish();
+                driver.take_down();
+            },
+        );
+    }
+
+    fn take_down(&mut self) {
         let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
         let (shim, recorded) = (self.shim.take(), self.recorded_shim());
         let holder = self.recorded_holder();
@@ -70,12 +96,6 @@ impl Driver {
         } else {
             self.status.network_result.clone()
         };
-        let reason = match &self.state {
-            PodState::NotReady { reason } => reason.clone(),
-            PodState::Creating | PodState::Ready { .. } => "stopped".to_owned(),
-        };
-        self.set_state(PodState::NotReady { reason });
-        self.publish();
         let mut status = self.status.clone();
         self.effect(
             async move {
