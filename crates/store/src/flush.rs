@@ -3,6 +3,15 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, Mutex, PoisonError};
 
+use gantry_types::{ErrorKind, Kind};
+
+/// Why a flush failed: told to everybody who waited for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    pub kind: ErrorKind,
+    pub message: String,
+}
+
 #[derive(Default)]
 struct State {
     /// Flushes begun so far.
@@ -11,7 +20,7 @@ struct State {
     ended: u64,
     running: bool,
     /// Outcome of the flush numbered `ended`.
-    error: Option<String>,
+    error: Option<Failed>,
 }
 
 /// Coalesces concurrent flushes.
@@ -23,10 +32,10 @@ pub struct Shared {
 
 impl Shared {
     /// Returns after a flush that began after this call. Its error goes to all who waited for it.
-    pub fn flush<E: std::fmt::Display>(
+    pub fn flush<E: Kind + std::fmt::Display>(
         &self,
         flush: impl FnOnce() -> Result<(), E>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failed> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // The one under way may have begun before our write: only the next counts.
         let wanted = state.begun + 1;
@@ -47,9 +56,10 @@ impl Shared {
         let number = state.begun;
         drop(state);
         // sled can panic on damage: who waits would wait for ever if that left `running` behind.
+        let failed = |kind, message| Failed { kind, message };
         let outcome = catch_unwind(AssertUnwindSafe(flush))
-            .map_err(|_| "the store panicked".to_owned())
-            .and_then(|outcome| outcome.map_err(|error| error.to_string()));
+            .map_err(|_| failed(ErrorKind::Internal, "the store panicked".to_owned()))
+            .and_then(|outcome| outcome.map_err(|error| failed(error.kind(), error.to_string())));
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.running = false;
         state.ended = number;
@@ -75,7 +85,7 @@ mod tests {
                         .flush(|| {
                             flushes.fetch_add(1, Ordering::SeqCst);
                             std::thread::sleep(std::time::Duration::from_millis(30));
-                            Ok::<_, String>(())
+                            Ok::<_, std::io::Error>(())
                         })
                         .unwrap();
                 });
@@ -91,15 +101,17 @@ mod tests {
     #[test]
     fn an_error_reaches_the_writer_and_the_next_flush_is_tried() {
         let shared = Shared::default();
-        assert_eq!(shared.flush(|| Err("no space")), Err("no space".to_owned()));
-        assert_eq!(shared.flush(|| Ok::<_, String>(())), Ok(()));
+        let full = || Err(std::io::Error::from(std::io::ErrorKind::StorageFull));
+        let failed = shared.flush(full).unwrap_err();
+        assert_eq!(failed.kind, ErrorKind::ResourceExhausted, "{failed:?}");
+        assert_eq!(shared.flush(|| Ok::<_, std::io::Error>(())), Ok(()));
     }
 
     #[test]
     fn a_panic_is_an_error_and_the_next_flush_is_tried() {
         let shared = Shared::default();
-        let panics = || -> Result<(), String> { panic!("damage") };
+        let panics = || -> std::io::Result<()> { panic!("damage") };
         assert!(shared.flush(panics).is_err());
-        assert_eq!(shared.flush(|| Ok::<_, String>(())), Ok(()));
+        assert_eq!(shared.flush(|| Ok::<_, std::io::Error>(())), Ok(()));
     }
 }

@@ -25,11 +25,16 @@
 //! notice: a log that was cut opens as a shorter one. So whoever reads completes the store from what
 //! describes itself (run directories, the content store's index, layer directories), each time.
 
+//! A disk that is full is no damage: the store is left where it is, and gantryd does not start. sled
+//! that has met one writes nothing again, so the next call after that opens the store anew.
+
 mod envelope;
 mod flush;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use gantry_types::{ErrorKind, Kind};
 
@@ -56,8 +61,8 @@ pub enum Error {
         key: String,
         source: sled::Error,
     },
-    #[error("store: flush: {0}")]
-    Flush(String),
+    #[error("store: flush: {message}")]
+    Flush { kind: ErrorKind, message: String },
     #[error("store: {tree}/{key}: {source}")]
     Unreadable {
         tree: &'static str,
@@ -73,10 +78,14 @@ impl Kind for Error {
                 source: sled::Error::Io(error),
                 ..
             } => Kind::kind(error),
+            Error::Flush { kind, .. } => *kind,
+            Error::Open {
+                source: sled::Error::Io(error),
+                ..
+            } => Kind::kind(error),
             Error::Open { .. }
             | Error::SetAside { .. }
             | Error::Access { .. }
-            | Error::Flush(_)
             | Error::Unreadable { .. } => ErrorKind::Internal,
         }
     }
@@ -123,9 +132,16 @@ pub struct Opened {
 }
 
 pub struct Store {
-    db: sled::Db,
+    dir: PathBuf,
+    /// `None` while it cannot be opened again.
+    db: RwLock<Option<sled::Db>>,
+    /// A write has failed: nothing more is written before the store is opened anew.
+    broken: AtomicBool,
     flusher: flush::Shared,
 }
+
+/// How long sled may keep its lock after its last handle has gone.
+const UNLOCKED: Duration = Duration::from_secs(2);
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -142,7 +158,7 @@ impl Store {
                 store: Arc::new(store),
                 set_aside: None,
             }),
-            Err(source) if in_use(&source) => Err(Error::Open {
+            Err(source) if in_use(&source) || refused(&source) => Err(Error::Open {
                 path: dir.into(),
                 source,
             }),
@@ -166,64 +182,89 @@ impl Store {
     }
 
     fn try_open(dir: &Path) -> Result<Self, sled::Error> {
-        // sled answers some damage with a panic (spacejam/sled#1533): that is damage too, not a
-        // reason to crash at every start.
-        let opened = std::panic::catch_unwind(|| {
-            // Records are small and few, so little memory is asked for. Nothing is flushed by
-            // the clock: every acknowledged change was flushed by its writer.
-            sled::Config::new()
-                .path(dir)
-                .mode(sled::Mode::LowSpace)
-                .cache_capacity(256 * 1024)
-                .segment_size(SEGMENT_BYTES)
-                .flush_every_ms(None)
-                .open()
-        });
-        let db = opened.unwrap_or_else(|_| {
-            Err(sled::Error::ReportableBug(
-                "sled panicked while opening".to_owned(),
-            ))
-        })?;
         Ok(Self {
-            db,
+            dir: dir.to_owned(),
+            db: RwLock::new(Some(open_db(dir)?)),
+            broken: AtomicBool::new(false),
             flusher: flush::Shared::default(),
         })
     }
 
+    /// Works on the open store. After an error the next call opens it anew: sled remembers one for
+    /// as long as it is open, and refuses whatever comes after.
+    fn with<T>(&self, work: impl FnOnce(&sled::Db) -> Result<T, Error>) -> Result<T, Error> {
+        if self.broken.load(Ordering::Acquire) {
+            self.reopen()?;
+        }
+        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        let outcome = match &*db {
+            Some(db) => work(db),
+            // Another call is at it and has failed.
+            None => Err(self.closed()),
+        };
+        if let Err(Error::Access { .. } | Error::Flush { .. }) = outcome {
+            self.broken.store(true, Ordering::Release);
+        }
+        outcome
+    }
+
+    fn closed(&self) -> Error {
+        Error::Open {
+            path: self.dir.clone(),
+            source: sled::Error::Unsupported("it is closed after an error".to_owned()),
+        }
+    }
+
+    /// What was acknowledged is on disk; the rest was refused, and is asked for again.
+    fn reopen(&self) -> Result<(), Error> {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        if !self.broken.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // The last handle: readers are kept out.
+        drop(db.take());
+        let deadline = Instant::now() + UNLOCKED;
+        loop {
+            match open_db(&self.dir) {
+                Ok(opened) => {
+                    tracing::warn!(path = %self.dir.display(), "the store was opened anew after an error");
+                    *db = Some(opened);
+                    self.broken.store(false, Ordering::Release);
+                    return Ok(());
+                }
+                Err(source) if in_use(&source) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(source) => {
+                    return Err(Error::Open {
+                        path: self.dir.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+    }
+
     /// Writes a record and returns once it is on disk.
     pub fn put<R: Record>(&self, key: &str, record: &R) -> Result<(), Error> {
-        self.tree::<R>(key)?
-            .insert(key, envelope::seal(R::VERSION, record))
-            .map_err(|source| Error::Access {
-                tree: R::TREE,
-                key: key.to_owned(),
-                source,
-            })?;
-        self.flush()
+        self.with(|db| {
+            insert(db, key, record)?;
+            self.flush(db)
+        })
     }
 
     /// Writes two records of one object and returns once both are on disk: one flush, not two.
     /// A crash between them leaves the first alone.
     pub fn put_both<A: Record, B: Record>(&self, key: &str, a: &A, b: &B) -> Result<(), Error> {
-        self.tree::<A>(key)?
-            .insert(key, envelope::seal(A::VERSION, a))
-            .map_err(|source| Error::Access {
-                tree: A::TREE,
-                key: key.to_owned(),
-                source,
-            })?;
-        self.put(key, b)
+        self.with(|db| {
+            insert(db, key, a)?;
+            insert(db, key, b)?;
+            self.flush(db)
+        })
     }
 
     pub fn get<R: Record>(&self, key: &str) -> Result<Option<R>, Error> {
-        let value = self
-            .tree::<R>(key)?
-            .get(key)
-            .map_err(|source| Error::Access {
-                tree: R::TREE,
-                key: key.to_owned(),
-                source,
-            })?;
+        let value = self.with(|db| tree::<R>(db, key)?.get(key).map_err(access::<R>(key)))?;
         value
             .map(|bytes| envelope::open(R::VERSION, &bytes))
             .transpose()
@@ -236,26 +277,19 @@ impl Store {
 
     /// Removes a record and returns once that is on disk; absent is success.
     pub fn remove<R: Record>(&self, key: &str) -> Result<(), Error> {
-        self.tree::<R>(key)?
-            .remove(key)
-            .map_err(|source| Error::Access {
-                tree: R::TREE,
-                key: key.to_owned(),
-                source,
-            })?;
-        self.flush()
+        self.with(|db| {
+            remove::<R>(db, key)?;
+            self.flush(db)
+        })
     }
 
     /// Removes both records of one object with one flush.
     pub fn remove_both<A: Record, B: Record>(&self, key: &str) -> Result<(), Error> {
-        self.tree::<A>(key)?
-            .remove(key)
-            .map_err(|source| Error::Access {
-                tree: A::TREE,
-                key: key.to_owned(),
-                source,
-            })?;
-        self.remove::<B>(key)
+        self.with(|db| {
+            remove::<A>(db, key)?;
+            remove::<B>(db, key)?;
+            self.flush(db)
+        })
     }
 
     /// Every record of a tree, readable or not.
@@ -264,38 +298,79 @@ impl Store {
             records: Vec::new(),
             unreadable: Vec::new(),
         };
-        for entry in self.tree::<R>("")?.iter() {
-            let (key, value) = entry.map_err(|source| Error::Access {
-                tree: R::TREE,
-                key: String::new(),
-                source,
-            })?;
-            let key = String::from_utf8_lossy(&key).into_owned();
-            match envelope::open(R::VERSION, &value) {
-                Ok(record) => scan.records.push((key, record)),
-                Err(error) => scan.unreadable.push((key, error)),
+        self.with(|db| {
+            for entry in tree::<R>(db, "")?.iter() {
+                let (key, value) = entry.map_err(access::<R>(""))?;
+                let key = String::from_utf8_lossy(&key).into_owned();
+                match envelope::open(R::VERSION, &value) {
+                    Ok(record) => scan.records.push((key, record)),
+                    Err(error) => scan.unreadable.push((key, error)),
+                }
             }
-        }
+            Ok(())
+        })?;
         Ok(scan)
     }
 
-    fn tree<R: Record>(&self, key: &str) -> Result<sled::Tree, Error> {
-        self.db.open_tree(R::TREE).map_err(|source| Error::Access {
-            tree: R::TREE,
-            key: key.to_owned(),
-            source,
-        })
-    }
-
-    fn flush(&self) -> Result<(), Error> {
+    fn flush(&self, db: &sled::Db) -> Result<(), Error> {
         self.flusher
             .flush(|| {
                 gantry_sys::failpoint::at("store::written")?;
-                self.db.flush()?;
+                // Of the disk's errors this makes what they were.
+                db.flush().map_err(std::io::Error::from)?;
                 gantry_sys::failpoint::at("store::flushed")
             })
-            .map_err(Error::Flush)
+            .map_err(|flush::Failed { kind, message }| Error::Flush { kind, message })
     }
+}
+
+/// An error of sled about a key of a tree.
+fn access<R: Record>(key: &str) -> impl FnOnce(sled::Error) -> Error {
+    let key = key.to_owned();
+    move |source| Error::Access {
+        tree: R::TREE,
+        key,
+        source,
+    }
+}
+
+fn tree<R: Record>(db: &sled::Db, key: &str) -> Result<sled::Tree, Error> {
+    db.open_tree(R::TREE).map_err(access::<R>(key))
+}
+
+fn insert<R: Record>(db: &sled::Db, key: &str, record: &R) -> Result<(), Error> {
+    tree::<R>(db, key)?
+        .insert(key, envelope::seal(R::VERSION, record))
+        .map(drop)
+        .map_err(access::<R>(key))
+}
+
+fn remove<R: Record>(db: &sled::Db, key: &str) -> Result<(), Error> {
+    tree::<R>(db, key)?
+        .remove(key)
+        .map(drop)
+        .map_err(access::<R>(key))
+}
+
+fn open_db(dir: &Path) -> Result<sled::Db, sled::Error> {
+    // sled answers some damage with a panic (spacejam/sled#1533): that is damage too, not a
+    // reason to crash at every start.
+    let opened = std::panic::catch_unwind(|| {
+        // Records are small and few, so little memory is asked for. Nothing is flushed by
+        // the clock: every acknowledged change was flushed by its writer.
+        sled::Config::new()
+            .path(dir)
+            .mode(sled::Mode::LowSpace)
+            .cache_capacity(256 * 1024)
+            .segment_size(SEGMENT_BYTES)
+            .flush_every_ms(None)
+            .open()
+    });
+    opened.unwrap_or_else(|_| {
+        Err(sled::Error::ReportableBug(
+            "sled panicked while opening".to_owned(),
+        ))
+    })
 }
 
 /// sled keeps several segments in memory: with its default of 512 KiB an empty store costs about
@@ -305,6 +380,24 @@ const SEGMENT_BYTES: usize = 64 * 1024;
 /// Whether another process holds the store's lock.
 fn in_use(error: &sled::Error) -> bool {
     matches!(error, sled::Error::Io(io) if io.to_string().contains("could not acquire lock"))
+}
+
+/// Whether the machine refuses what opening takes. That says nothing about the store.
+fn refused(error: &sled::Error) -> bool {
+    use std::io::ErrorKind::{
+        OutOfMemory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
+    };
+    // EMFILE and ENFILE, which have no kind.
+    const NO_DESCRIPTOR: [i32; 2] = [24, 23];
+    let sled::Error::Io(error) = error else {
+        return false;
+    };
+    matches!(
+        error.kind(),
+        OutOfMemory | PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    ) || error
+        .raw_os_error()
+        .is_some_and(|number| NO_DESCRIPTOR.contains(&number))
 }
 
 fn set_aside(dir: &Path) -> std::io::Result<PathBuf> {
@@ -377,7 +470,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store")).unwrap().store;
         store.put("good", &image("good")).unwrap();
-        let tree = store.db.open_tree(ImageRecord::TREE).unwrap();
+        let db = store.db.read().unwrap();
+        let tree = tree::<ImageRecord>(db.as_ref().unwrap(), "").unwrap();
         tree.insert("torn", b"\x01\x02torn".as_slice()).unwrap();
         tree.insert("newer", envelope::seal(99, &image("newer")))
             .unwrap();
@@ -450,5 +544,38 @@ mod tests {
         drop(store);
         let store = Store::open(&path).unwrap().store;
         assert_eq!(store.scan::<ImageRecord>().unwrap().records.len(), 160);
+    }
+
+    /// Anything else is: it is set aside, and made anew of what describes itself.
+    #[test]
+    fn what_the_machine_refuses_is_no_damage() {
+        let by_kind = |kind: std::io::ErrorKind| sled::Error::Io(kind.into());
+        let by_number = |number| sled::Error::Io(std::io::Error::from_raw_os_error(number));
+        for number in [28, 122, 30, 13, 12, 24, 23] {
+            assert!(refused(&by_number(number)), "{:?}", by_number(number));
+        }
+        for kind in [
+            std::io::ErrorKind::InvalidData,
+            std::io::ErrorKind::UnexpectedEof,
+        ] {
+            assert!(!refused(&by_kind(kind)), "{kind:?}");
+        }
+        assert!(!refused(&sled::Error::Corruption { at: None, bt: () }));
+    }
+
+    #[test]
+    fn a_store_that_has_met_an_error_is_opened_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap().store;
+        store.put("a", &image("a")).unwrap();
+        store.broken.store(true, Ordering::Release);
+        std::thread::scope(|scope| {
+            for n in 0..8 {
+                let store = &store;
+                scope.spawn(move || store.put(&n.to_string(), &image("b")).unwrap());
+            }
+        });
+        assert!(!store.broken.load(Ordering::Acquire));
+        assert_eq!(store.scan::<ImageRecord>().unwrap().records.len(), 9);
     }
 }

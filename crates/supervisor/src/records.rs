@@ -1,13 +1,14 @@
 //! Records in both places: the store, which is flushed, and the run directory, from which the
 //! store can be rebuilt.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use gantry_store::{Store, record};
+use gantry_store::{Record, Store, record};
 use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRef};
 
 use crate::Error;
-use crate::rundir::{self, RunDirs};
+use crate::rundir::{self, RunDirs, RunRecord};
 
 /// Blocks on the disk: call on a blocking thread.
 #[derive(Clone, Debug)]
@@ -32,24 +33,12 @@ impl Records {
     }
 
     pub fn put_pod_status(&self, id: &PodId, status: &record::PodStatus) -> Result<(), Error> {
-        self.store
-            .put(id.as_str(), status)
-            .map_err(Error::step(FLUSH))?;
-        let dir = self.dirs.pod(id);
-        // After a reboot there is no run directory, and nothing to rebuild from it.
-        if dir.exists() {
-            rundir::write_record(&dir, status)
-        } else {
-            Ok(())
-        }
+        self.put_status(id.as_str(), &self.dirs.pod(id), status)
     }
 
     /// The last step of a pod's removal.
     pub fn forget_pod(&self, id: &PodId) -> Result<(), Error> {
-        rundir::remove_dir(&self.dirs.pod(id))?;
-        self.store
-            .remove_both::<record::PodStatus, record::PodConfig>(id.as_str())
-            .map_err(Error::step(FLUSH))
+        self.forget::<record::PodConfig, record::PodStatus>(id.as_str(), &self.dirs.pod(id))
     }
 
     pub fn begin_container(
@@ -72,22 +61,55 @@ impl Records {
         id: &ContainerId,
         status: &record::ContainerStatus,
     ) -> Result<(), Error> {
-        self.store
-            .put(id.as_str(), status)
-            .map_err(Error::step(FLUSH))?;
-        let dir = self.dirs.container(id);
-        if dir.exists() {
-            rundir::write_record(&dir, status)
-        } else {
-            Ok(())
-        }
+        self.put_status(id.as_str(), &self.dirs.container(id), status)
     }
 
     pub fn forget_container(&self, id: &ContainerId) -> Result<(), Error> {
-        rundir::remove_dir(&self.dirs.container(id))?;
-        self.store
-            .remove_both::<record::ContainerStatus, record::ContainerConfig>(id.as_str())
-            .map_err(Error::step(FLUSH))
+        let dir = self.dirs.container(id);
+        self.forget::<record::ContainerConfig, record::ContainerStatus>(id.as_str(), &dir)
+    }
+
+    /// Both copies, each whether or not the other's disk is full: recovery takes the one that is
+    /// further on.
+    fn put_status<S: Record + RunRecord>(
+        &self,
+        id: &str,
+        dir: &Path,
+        status: &S,
+    ) -> Result<(), Error> {
+        let stored = self.store.put(id, status).map_err(Error::step(FLUSH));
+        // After a reboot there is no run directory, and nothing to rebuild from it.
+        let copied = if dir.exists() {
+            rundir::write_record(dir, status)
+        } else {
+            Ok(())
+        };
+        stored.and(copied)
+    }
+
+    /// The directory goes first: alone it would be taken for what a damaged store has lost.
+    fn forget<C: Record + RunRecord, S: Record + RunRecord>(
+        &self,
+        id: &str,
+        dir: &Path,
+    ) -> Result<(), Error> {
+        let copies = (rundir::read_record::<C>(dir), rundir::read_record::<S>(dir));
+        rundir::remove_dir(dir)?;
+        let removed = self
+            .store
+            .remove_both::<S, C>(id)
+            .map_err(Error::step(FLUSH));
+        if let (Err(_), (Some(config), Some(status))) = (&removed, copies) {
+            // It stays, and a store that takes nothing may not know how it has ended.
+            let put_back = rundir::make_dir(dir)
+                .map_err(|error| Error::io("make run directory", dir, &error))
+                .and_then(|()| rundir::write_record(dir, &config))
+                .and_then(|()| rundir::write_record(dir, &status));
+            if let Err(error) = put_back {
+                tracing::error!(id, %error, "records of what could not be removed are lost");
+            }
+        }
+        removed
     }
 }
 
