@@ -454,7 +454,7 @@ impl Daemon {
     }
 
     /// The end of the log, and what shims said.
-    fn show(&self) {
+    pub fn show(&self) {
         let log = self.log();
         let lines: Vec<_> = log.lines().collect();
         let from = lines.len().saturating_sub(SHOWN);

@@ -1,8 +1,8 @@
 //! Trouble on request for the executables that the testkit writes: a file in a directory is what
 //! goes wrong, and it goes right again when the file is removed.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -69,6 +69,41 @@ impl Faults {
     /// How often `command` was called so far.
     pub fn count(&self, command: &str) -> usize {
         self.calls().iter().filter(|call| *call == command).count()
+    }
+}
+
+/// A file that takes all the space of its file system, until it is dropped.
+#[derive(Debug)]
+pub struct Ballast {
+    path: PathBuf,
+}
+
+impl Ballast {
+    /// Fills the file system of directory `dir`, which should be small.
+    pub fn fill(dir: &Path) -> io::Result<Self> {
+        let ballast = Self {
+            path: dir.join("ballast"),
+        };
+        let mut file = File::create(&ballast.path)?;
+        // The last pages too.
+        for size in [1 << 20, 4096, 1] {
+            let piece = vec![0; size];
+            loop {
+                match file.write_all(&piece) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == io::ErrorKind::StorageFull => break,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(ballast)
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        // Gone with its file system is as good.
+        let _ = fs::remove_file(&self.path);
     }
 }
 

@@ -11,4 +11,6 @@ pub mod image_busybox;
 pub mod leakcheck;
 pub mod netns;
 pub mod oci_runtime;
+pub mod process;
 pub mod registry;
+pub mod stats;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gantry_integration::{Node, Pod, on_plain_node, sleeper, while_unavailable};
+use gantry_integration::{Fault, Node, Pod, eventually, on_plain_node, sleeper, while_unavailable};
 use gantry_testkit::cri::v1::{ContainerConfig, PodSandboxConfig};
 use gantry_testkit::cri::{Client, Result};
 
@@ -94,4 +94,61 @@ fn killed_at_any_moment_of_removal_nothing_is_left() {
             }
         },
     );
+}
+
+/// A plugin that hangs is killed at its deadline by the daemon that started it. Where that one is
+/// killed before, the next one sees to it, before it takes back what the plugin has done.
+#[test]
+fn a_plugin_that_outlives_its_daemon_is_ended_by_the_next() {
+    const NAME: &str = "a_plugin_that_outlives_its_daemon_is_ended_by_the_next";
+    on_plain_node(NAME, async |node| {
+        let config = node.pod_config("cut");
+        node.daemon.plugin_faults().set("ADD", Fault::Hang);
+        let client = Client::connect(node.daemon.socket()).unwrap();
+        let (asked, wanted) = (client.clone(), config.clone());
+        let call = tokio::spawn(async move { asked.run_pod(&wanted).await });
+        let places = node.daemon.places().clone();
+        let plugins = || {
+            let all = places.processes().into_iter();
+            all.filter(|process| process.command == "sleep 1000")
+                .count()
+        };
+        eventually("the plugin hangs", async || (plugins() == 1).then_some(())).await;
+        node.daemon.kill().unwrap();
+        assert!(call.await.unwrap().is_err());
+        assert_eq!(plugins(), 1, "it outlives its daemon");
+        node.daemon.plugin_faults().clear("ADD");
+        node.start_again(&[]).await;
+        assert_eq!(plugins(), 0, "{:?}", places.processes());
+        let pod = node.run_pod(&config).await;
+        assert!(node.pod_is_ready(&pod.id).await);
+    });
+}
+
+/// Whoever sees that a pod has ended may make another one of its name.
+#[test]
+fn a_pod_that_was_seen_to_end_does_not_come_back() {
+    const NAME: &str = "a_pod_that_was_seen_to_end_does_not_come_back";
+    on_plain_node(NAME, async |node| {
+        let pod = node.pod("ending").await;
+        node.daemon.plugin_faults().set("DEL", Fault::Hang);
+        let (client, id) = (
+            Client::connect(node.daemon.socket()).unwrap(),
+            pod.id.clone(),
+        );
+        let call = tokio::spawn(async move { client.stop_pod(&id).await });
+        eventually("the pod is seen to end", async || {
+            (!node.pod_is_ready(&pod.id).await).then_some(())
+        })
+        .await;
+        node.daemon.kill().unwrap();
+        assert!(call.await.unwrap().is_err());
+        node.daemon.plugin_faults().clear("DEL");
+        node.start_again(&[]).await;
+        assert!(!node.pod_is_ready(&pod.id).await);
+        let again = node.run_pod(&pod.config).await;
+        assert_ne!(again.id, pod.id);
+        node.client.remove_pod(&pod.id).await.unwrap();
+        assert!(node.pod_is_ready(&again.id).await);
+    });
 }

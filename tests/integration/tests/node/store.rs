@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use gantry_integration::{on_plain_node, sleeper};
+use gantry_integration::{on_failing_node, on_node, on_plain_node, script_config, sleeper};
 use gantry_testkit::cri::v1::ContainerState;
+use gantry_testkit::daemon::Options;
+use gantry_testkit::faults::Ballast;
 
 /// Overwrites the middle of every file below `dir` that is not empty.
 fn damage(dir: &Path) -> usize {
@@ -233,5 +235,84 @@ fn a_second_daemon_is_refused() {
             "{said}"
         );
         assert!(node.pod_is_ready(&pod.id).await);
+    });
+}
+
+/// What a store could not write stays as it was told, also when the daemon ends then.
+#[test]
+fn a_store_that_takes_nothing_costs_no_exit() {
+    const NAME: &str = "a_store_that_takes_nothing_costs_no_exit";
+    on_failing_node(NAME, "", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("full").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        node.daemon.kill().unwrap();
+        let full = "store::written=return(no space)";
+        node.start_again(&[("FAILPOINTS", full)]).await;
+        // Ended, and not removed, with no record of the one or the other in the store.
+        node.client.remove(&id).await.unwrap_err();
+        let exit = node.exited(&id).await;
+        node.kill_and_start_again().await;
+        assert_eq!(node.status(&id).await, exit);
+        node.client.remove(&id).await.unwrap();
+        assert!(node.client.list(None).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_full_disk_is_got_over_without_a_restart() {
+    const NAME: &str = "a_full_disk_is_got_over_without_a_restart";
+    let options = Options {
+        root_bytes: Some(64 << 20),
+        ..Options::default()
+    };
+    on_node(NAME, options, async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("full").await;
+        let running = node.run(&pod, &sleeper("running", &image)).await;
+        let ballast = Ballast::fill(&node.daemon.places().root).unwrap();
+        let more = |n| script_config(&format!("more-{n}"), &image, "exit 3");
+        // The store has room of its own for some.
+        let mut refused = None;
+        for n in 0..200 {
+            if let Err(error) = node.client.create(&pod.id, &more(n), &pod.config).await {
+                refused = Some((n, error));
+                break;
+            }
+        }
+        let (n, error) = refused.expect("no space");
+        assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{error:?}");
+        assert!(node.is_running(&running).await);
+        drop(ballast);
+        let id = node.run(&pod, &more(n)).await;
+        assert_eq!(node.exited(&id).await.exit_code, 3);
+        assert!(node.is_running(&running).await);
+    });
+}
+
+#[test]
+fn a_full_disk_is_no_damage_to_the_store() {
+    const NAME: &str = "a_full_disk_is_no_damage_to_the_store";
+    let options = Options {
+        root_bytes: Some(64 << 20),
+        ..Options::default()
+    };
+    on_node(NAME, options, async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("full").await;
+        let id = node.run(&pod, &sleeper("c", &image)).await;
+        let root = node.daemon.places().root.clone();
+        for _ in 0..3 {
+            node.daemon.kill().unwrap();
+            let ballast = Ballast::fill(&root).unwrap();
+            node.daemon.spawn().unwrap();
+            // It starts or it does not: a store asks for more space at times.
+            let started = node.daemon.ready().await;
+            println!("on a full disk: {started:?}");
+            drop(ballast);
+            node.kill_and_start_again().await;
+            assert!(set_aside(&root.join("store")).is_empty());
+            assert!(node.is_running(&id).await);
+        }
     });
 }

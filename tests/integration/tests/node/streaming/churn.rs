@@ -9,6 +9,7 @@ use gantry_integration::streaming::{STDIN, Socket};
 use gantry_integration::{Node, eventually, on_node, script_config};
 use gantry_testkit::daemon::Options;
 use gantry_testkit::leakcheck::descriptors;
+use gantry_testkit::process;
 
 use super::{PIPES, Stdio, TTY, attach, exec, forward, processes};
 
@@ -38,16 +39,6 @@ impl Drop for Session {
             crictl.wait().expect("a crictl that ended");
         }
     }
-}
-
-/// Bytes of memory that a process shares with nobody.
-fn private_memory(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps");
-    let lines = text.lines().filter_map(|line| {
-        let rest = line.strip_prefix("Private_Dirty:")?;
-        rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()
-    });
-    lines.sum::<u64>() * 1024
 }
 
 async fn daemons_tasks(node: &Node) -> u64 {
@@ -112,10 +103,8 @@ fn sessions_opened_and_dropped_at_any_moment_leave_nothing() {
         let shim =
             i32::try_from(node.pod_info(&pod.id).await["shimPid"].as_i64().unwrap()).unwrap();
         let daemon = node.daemon.pid().unwrap();
-        let threads = || {
-            let threads = std::fs::read_dir(format!("/proc/{daemon}/task"));
-            threads.unwrap().count()
-        };
+        let threads = || process::threads(daemon).unwrap();
+        let private_memory = |pid| process::private_memory(pid).unwrap();
         // What the first ones make stays.
         assert_eq!(
             exec(node, &id, "true", TTY).await.rest().exit_code(),

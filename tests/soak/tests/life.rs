@@ -1,0 +1,30 @@
+//! A short life; tests/soak/run makes longer ones.
+
+use gantry_soak::life::{self, Options, Until};
+use gantry_soak::rng::Rng;
+use gantry_testkit::daemon;
+
+/// The seed of a run to be tried again.
+const SEED: &str = "GANTRY_SOAK_SEED";
+
+#[test]
+fn clients_find_what_they_were_told_whatever_is_killed() {
+    const NAME: &str = "clients_find_what_they_were_told_whatever_is_killed";
+    if let Some(reason) = daemon::unable() {
+        println!("SKIP {NAME}: {reason}");
+        return;
+    }
+    let seed = match std::env::var(SEED) {
+        Ok(seed) => seed.parse().expect("a number in GANTRY_SOAK_SEED"),
+        Err(_) => Rng::fresh_seed(),
+    };
+    let options = Options {
+        seed,
+        clients: 3,
+        until: Until::Kills(20),
+    };
+    match life::run_blocking(options) {
+        Ok(report) => println!("{report}"),
+        Err(error) => panic!("{error}\ntry it again with {SEED}={seed}"),
+    }
+}
