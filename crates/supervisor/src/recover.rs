@@ -240,8 +240,8 @@ fn complete_store(ctx: &Context) -> Result<usize, Error> {
     Ok(unreadable)
 }
 
-/// As [`complete_store`], for one object.
-fn complete<C: RunRecord + Default, S: RunRecord + Default>(
+/// As [`complete_store`], for one object; and the other way, for a run directory that is behind.
+fn complete<C: RunRecord + Default, S: RunRecord + Default + PartialEq>(
     ctx: &Context,
     id: &str,
     dir: &std::path::Path,
@@ -272,6 +272,13 @@ fn complete<C: RunRecord + Default, S: RunRecord + Default>(
             "the store is behind the run directory, which it is completed from"
         );
         store.put_both(id, &config, &status).map_err(&step)?;
+    } else if let (_, Ok(Some(stored))) = &stored
+        && *stored != status
+        && let Err(error) = rundir::write_record(dir, stored)
+    {
+        // A daemon that was killed between the two; what the store says may be acknowledged since,
+        // and must not be lost with it.
+        tracing::warn!(id, %error, "the run directory stays behind the store");
     }
     Ok(0)
 }

@@ -316,3 +316,34 @@ fn a_full_disk_is_no_damage_to_the_store() {
         }
     });
 }
+
+/// The store is written first and the run directory after it. A daemon that is killed between the
+/// two has left a copy that is behind, until the next one brings it up to date.
+#[test]
+fn a_copy_that_was_left_behind_is_brought_up_to_date() {
+    const NAME: &str = "a_copy_that_was_left_behind_is_brought_up_to_date";
+    on_failing_node(NAME, "", async |node| {
+        let image = node.busybox().await;
+        let pod = node.host_pod("behind").await;
+        node.daemon.kill().unwrap();
+        // The intent is flushed, and then the container as it was made.
+        let armed = "store::flushed=1*off->return(kill)";
+        node.start_again(&[("FAILPOINTS", armed)]).await;
+        let config = sleeper("c", &image);
+        let cut = node.client.create(&pod.id, &config, &pod.config).await;
+        cut.unwrap_err();
+        node.daemon.wait_ended().await.unwrap();
+        node.start_again(&[]).await;
+        let made = node.client.list(None).await.unwrap();
+        assert_eq!(made.len(), 1, "{made:?}");
+        assert_eq!(made[0].state(), ContainerState::ContainerCreated);
+        assert_eq!(node.create(&pod, &config).await, made[0].id);
+        // Acknowledged now: also for a store that is lost.
+        node.daemon.kill().unwrap();
+        std::fs::remove_dir_all(node.daemon.places().root.join("store")).unwrap();
+        node.start_again(&[]).await;
+        assert_eq!(node.client.list(None).await.unwrap(), made);
+        node.client.start(&made[0].id).await.unwrap();
+        assert!(node.is_running(&made[0].id).await);
+    });
+}
