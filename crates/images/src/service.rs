@@ -141,7 +141,7 @@ pub(crate) struct Inner {
     /// Held from the reading of the catalog to the publication of the next one.
     pub(crate) changing: Arc<tokio::sync::Mutex<()>>,
     /// Held while what was removed is deleted.
-    deleting: tokio::sync::Mutex<()>,
+    deleting: Arc<tokio::sync::Mutex<()>>,
     /// The records lag behind the catalog: a change could not be written down.
     behind: AtomicBool,
     /// Records of images that could not be read at the start, for a fault of the disk or of the node
@@ -185,7 +185,7 @@ impl Images {
             ),
             catalog: RwLock::default(),
             changing: Arc::default(),
-            deleting: tokio::sync::Mutex::default(),
+            deleting: Arc::default(),
             behind: AtomicBool::new(false),
             unread: Mutex::default(),
             usage: Mutex::new(usage),
@@ -706,14 +706,17 @@ impl Inner {
     /// without end: among it may be millions of files that a container wrote. What cannot be
     /// deleted is tried again by the next.
     pub async fn give_back(self: &Arc<Self>) {
-        let work = self.clone();
-        let purge = blocking("deletion", move || {
-            // Whoever is at it takes everything.
-            match work.deleting.try_lock() {
-                Ok(_alone) => work.purge(),
-                Err(_) => Ok(()),
-            }
-        });
+        let purge = async {
+            // One at a time: two would be at the same trees.
+            let alone = self.deleting.clone().lock_owned().await;
+            let work = self.clone();
+            blocking("deletion", move || {
+                let purged = work.purge();
+                drop(alone);
+                purged
+            })
+            .await
+        };
         match tokio::time::timeout(DELETION, purge).await {
             Ok(Err(error)) => tracing::warn!(%error, "space of what was removed is not given back"),
             Ok(Ok(())) => {}

@@ -32,8 +32,7 @@ pub struct ImageMount {
     pub snapshotter: String,
     /// Chain ids from base to top.
     pub layers: Vec<Digest>,
-    /// What tells the mount from others at its place, by which it may be renamed, too; `None` until
-    /// it is made.
+    /// What tells the mount from others at its place; `None` until it is made.
     pub mount_id: Option<u64>,
 }
 
@@ -58,7 +57,11 @@ impl ImageMount {
         match self.mount_id {
             // Who cannot see the mounts takes them all for mounted.
             _ if mounts.is_empty() => true,
-            Some(id) => mounts.iter().any(|mount| mount.id == id),
+            // The kernel gives the id of a mount that has gone to the next.
+            Some(id) => {
+                let mut own = mounts.iter().filter(|mount| mount.point == self.target);
+                own.any(|mount| mount.id == id)
+            }
             None => top(mounts, &self.target).is_some(),
         }
     }
@@ -247,7 +250,7 @@ pub(crate) async fn mount(
         let ended = ctx.image_mounts.end(&file, &target, made.is_ok());
         made?;
         if let Err(error) = ended {
-            // It is written down without its id, which does for all but a rename.
+            // It is written down without its id: whatever is at its place counts as it.
             tracing::warn!(target = %target.display(), %error, "a mount is not written down in full");
         }
         Ok(mount)
@@ -346,10 +349,7 @@ mod tests {
             mount_id: Some(id),
             ..mount(target)
         };
-        let there = [
-            mount("/there \"quoted\""),
-            with_id("/before-its-rename", 31),
-        ];
+        let there = [mount("/there \"quoted\""), with_id("/covered", 31)];
         let gone = [mount("/gone"), with_id("/another-is-there-now", 7)];
         for mount in there.iter().chain(&gone) {
             let mount = mount.clone();
@@ -357,7 +357,8 @@ mod tests {
         }
         let table = "\
 30 22 0:25 / /there\\040\"quoted\" ro - overlay overlay ro
-31 22 0:26 / /renamed ro - overlay overlay ro
+31 22 0:26 / /covered ro - overlay overlay ro
+33 31 0:26 / /covered rw - tmpfs tmpfs rw
 32 22 0:27 / /another-is-there-now ro - overlay overlay ro
 ";
         keep(&mut mounts.lock(), &file, &mountinfo::parse(table)).unwrap();
