@@ -93,7 +93,10 @@ impl<'a> Keeper<'a> {
     }
 
     fn signal(&self, signal: Signal) -> Run<()> {
-        let pid = self.daemon.pid().unwrap_or_default();
+        // kill(2) would take 0 for everybody in our own group.
+        let Some(pid) = self.daemon.pid() else {
+            return Err(self.fault(format!("{signal}: there is no daemon")));
+        };
         kill(Pid::from_raw(pid), signal).map_err(|error| self.fault(format!("{signal}: {error}")))
     }
 
