@@ -130,13 +130,19 @@ impl ImageMounts {
             });
         }
         entries.push(Entry { mount, busy: true });
-        keep(&mut entries, file, &mounts)
+        let kept = keep(&mut entries, file, &mounts);
+        if kept.is_err() {
+            // Nobody will end it: it must not keep the place, nor the layers.
+            entries.pop();
+        }
+        kept
     }
 
     /// Ends what [`ImageMounts::begin`] began: with the mount there, or without.
     fn end(&self, file: &Path, target: &Path, made: bool) -> Result<(), Error> {
         let mut entries = self.lock();
-        let mounts = mountinfo::read()?;
+        // Whatever fails here, it is busy no more.
+        let mounts = mountinfo::read().unwrap_or_default();
         entries.retain_mut(|entry| {
             if !entry.busy || entry.mount.target != target {
                 return true;
@@ -349,6 +355,10 @@ mod tests {
             mount_id: Some(id),
             ..mount(target)
         };
+        // What cannot be written down is not begun.
+        let nowhere = dir.path().join("missing/image-mounts");
+        assert!(mounts.begin(&nowhere, mount("/not/begun")).is_err());
+        assert!(mounts.lock().is_empty());
         let there = [mount("/there \"quoted\""), with_id("/covered", 31)];
         let gone = [mount("/gone"), with_id("/another-is-there-now", 7)];
         for mount in there.iter().chain(&gone) {

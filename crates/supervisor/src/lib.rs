@@ -321,9 +321,12 @@ impl Supervisor {
         }
         for mount in self.ctx.image_mounts.all() {
             let holder = format!("mount {}", mount.target.display());
-            for chain in mount.layers {
-                let key = (mount.snapshotter.clone(), chain);
-                holders.entry(key).or_default().push(holder.clone());
+            let named = self.ctx.snapshotters.iter().map(|each| each.name());
+            for name in named.filter(|name| mount.stands_on(name)) {
+                for chain in &mount.layers {
+                    let key = (name.to_owned(), chain.clone());
+                    holders.entry(key).or_default().push(holder.clone());
+                }
             }
         }
         holders
