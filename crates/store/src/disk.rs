@@ -69,6 +69,8 @@ fn make_synchronous(dir: &Path) -> io::Result<bool> {
 
 /// Makes durable that a name was made or taken away.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
     File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }

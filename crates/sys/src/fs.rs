@@ -367,12 +367,16 @@ pub fn write_atomic(path: &Path, content: &[u8], bits: u32, sync: bool) -> io::R
 /// Removes the temporary files that calls of [`write_atomic`] for `path` left when they were killed.
 /// Not to be called while one may be under way.
 pub fn remove_temporaries(path: &Path) -> io::Result<()> {
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
-    else {
+    let (Some(dir), Some(name)) = (
+        path.parent(),
+        path.file_name().and_then(|name| name.to_str()),
+    ) else {
         return Ok(());
     };
     let is_temporary = |other: &str| {
-        let numbers = other.strip_prefix(name).and_then(|rest| rest.strip_suffix(".tmp"));
+        let numbers = other
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_suffix(".tmp"));
         let numbers = numbers.and_then(|rest| rest.strip_prefix('.')?.split_once('.'));
         let is_number = |text: &str| text.parse::<u32>().is_ok();
         numbers.is_some_and(|(pid, nanos)| is_number(pid) && is_number(nanos))
@@ -457,8 +461,16 @@ mod tests {
     fn what_killed_atomic_writes_left_is_removed_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        let others = ["index.json", "index.json.tmp", "index.json.1.x.tmp", "other.json.1.2.tmp"];
-        for name in others.iter().chain(&["index.json.1.2.tmp", "index.json.4000000.999999999.tmp"]) {
+        let others = [
+            "index.json",
+            "index.json.tmp",
+            "index.json.1.x.tmp",
+            "other.json.1.2.tmp",
+        ];
+        for name in others
+            .iter()
+            .chain(&["index.json.1.2.tmp", "index.json.4000000.999999999.tmp"])
+        {
             std::fs::write(at(name), "").unwrap();
         }
         remove_temporaries(&at("index.json")).unwrap();

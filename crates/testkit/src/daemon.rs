@@ -30,8 +30,7 @@ pub(crate) const SHIMS: &str = "shims";
 const SHOWN: usize = 80;
 
 /// Arguments: a file with the id of a boot, and the daemon's command line.
-const REBOOTED: &str =
-    r#"mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@""#;
+const REBOOTED: &str = r#"mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@""#;
 
 const CNI_BIN_DIRS: [&str; 3] = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"];
 

@@ -141,7 +141,9 @@ impl Plugins {
                 source,
             })
         });
-        settled.await.unwrap_or_else(|error| Err(Error::Start(error.to_string())))
+        settled
+            .await
+            .unwrap_or_else(|error| Err(Error::Start(error.to_string())))
     }
 
     /// Not worth a call's failure, nor its waiting for a lock.
@@ -149,7 +151,10 @@ impl Plugins {
         let (mended, network) = (Arc::clone(&self.mended), network.clone());
         let done = tokio::task::spawn_blocking(move || mended.mend(&network)).await;
         if let Ok(Err(error)) = done {
-            tracing::warn!(error, "addresses that a power loss may have left are not looked at");
+            tracing::warn!(
+                error,
+                "addresses that a power loss may have left are not looked at"
+            );
         }
     }
 

@@ -66,7 +66,10 @@ pub fn settle(network: &Network) -> Result<(), (PathBuf, io::Error)> {
 /// Where host-local has the addresses of a network: where its configuration says, and where it has
 /// them by default, as plugins such as flannel write a configuration for it that we do not see.
 fn directories(network: &Network) -> BTreeSet<PathBuf> {
-    let ipam = network.plugins.iter().filter_map(|plugin| plugin.get("ipam"));
+    let ipam = network
+        .plugins
+        .iter()
+        .filter_map(|plugin| plugin.get("ipam"));
     let local = ipam.filter(|ipam| ipam.get("type").and_then(Value::as_str) == Some(NAME));
     let told = local.filter_map(|ipam| ipam.get("dataDir").and_then(Value::as_str));
     told.chain([DATA_DIR])
@@ -92,7 +95,11 @@ fn mend(dir: &Path) -> io::Result<bool> {
     };
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        let is_address = entry.file_name().to_string_lossy().parse::<IpAddr>().is_ok();
+        let is_address = entry
+            .file_name()
+            .to_string_lossy()
+            .parse::<IpAddr>()
+            .is_ok();
         let metadata = entry.metadata()?;
         if is_address && metadata.is_file() && metadata.len() == 0 {
             fs::remove_file(entry.path())?;
@@ -138,8 +145,16 @@ mod tests {
         // Not used yet.
         assert_eq!(mended.mend(&network), Ok(()));
         fs::create_dir(&dir).unwrap();
-        let files = ["10.0.0.2", "10.0.0.3", "fd00::7", "last_reserved_ip.0", "lock"];
-        files.iter().for_each(|name| fs::write(dir.join(name), "").unwrap());
+        let files = [
+            "10.0.0.2",
+            "10.0.0.3",
+            "fd00::7",
+            "last_reserved_ip.0",
+            "lock",
+        ];
+        files
+            .iter()
+            .for_each(|name| fs::write(dir.join(name), "").unwrap());
         fs::write(dir.join("10.0.0.3"), "id\r\neth0").unwrap();
         // Whoever has the lock may be about to write.
         let lock = File::open(dir.join(LOCK)).unwrap();

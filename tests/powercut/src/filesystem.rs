@@ -81,7 +81,11 @@ impl Kind {
             return Some(format!("{} is not installed", program.display()));
         }
         let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-        let of_kernel = |name: &str| known.lines().any(|line| line.split('\t').nth(1) == Some(name));
+        let of_kernel = |name: &str| {
+            known
+                .lines()
+                .any(|line| line.split('\t').nth(1) == Some(name))
+        };
         // A module may be loaded by its first mount.
         let name = self.to_string();
         if !of_kernel(&name) && !modprobe(&name) {

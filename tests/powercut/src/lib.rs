@@ -26,5 +26,8 @@ pub(crate) fn succeed(command: &mut Command) -> io::Result<()> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(format!("{command:?}: {}", said.trim_end())))
+    Err(io::Error::other(format!(
+        "{command:?}: {}",
+        said.trim_end()
+    )))
 }

@@ -144,7 +144,12 @@ mod tests {
         let mut medium = Medium::new(&log, &disk);
         let mut random = fastrand::Rng::with_seed(seed);
         medium.cut(log.len(), fate, &mut random, &cut).unwrap();
-        std::fs::read(cut).unwrap().iter().step_by(BLOCK).copied().collect()
+        std::fs::read(cut)
+            .unwrap()
+            .iter()
+            .step_by(BLOCK)
+            .copied()
+            .collect()
     }
 
     #[test]

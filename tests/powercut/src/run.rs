@@ -49,9 +49,10 @@ pub fn unable(kind: Kind) -> Option<String> {
         return Some(reason);
     }
     for (device, module) in [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")] {
-        // The device may come with its module.
-        if !Path::new(device).exists() && !(filesystem::modprobe(module) && Path::new(device).exists())
-        {
+        let there = || Path::new(device).exists();
+        // It may come with its module.
+        let there = there() || (filesystem::modprobe(module) && there());
+        if !there {
             return Some(format!("no {device}"));
         }
     }
@@ -121,7 +122,9 @@ async fn on(
             .faults
             .push(format!("acknowledged without a flush: {operation:?}"));
     }
-    let mut places: Vec<usize> = (0..plan.cuts).map(|_| place(&entries, &mut random)).collect();
+    let mut places: Vec<usize> = (0..plan.cuts)
+        .map(|_| place(&entries, &mut random))
+        .collect();
     places.sort_unstable();
     for (number, place) in places.into_iter().enumerate() {
         let fate = Fate::any(&mut random);
@@ -142,7 +145,11 @@ async fn on(
             report.acknowledged,
             report.start.as_millis(),
             report.faults.len(),
-            if report.set_aside { ", store set aside" } else { "" },
+            if report.set_aside {
+                ", store set aside"
+            } else {
+                ""
+            },
         );
         outcome.add(&what, report);
         std::fs::remove_file(&image)?;
@@ -156,7 +163,9 @@ fn place(entries: &[Entry], random: &mut fastrand::Rng) -> usize {
     if random.bool() {
         return place;
     }
-    let until_flush = entries[place..].iter().position(|entry| *entry == Entry::Flush);
+    let until_flush = entries[place..]
+        .iter()
+        .position(|entry| *entry == Entry::Flush);
     place + until_flush.unwrap_or(0)
 }
 
@@ -176,7 +185,8 @@ async fn boot(
     for dir in [&places.root, &places.ipam_dir] {
         std::fs::create_dir_all(dir)?;
     }
-    node.daemon.set_boot_id(&format!("00000000-0000-4000-8000-{number:012x}"))?;
+    node.daemon
+        .set_boot_id(&format!("00000000-0000-4000-8000-{number:012x}"))?;
     let report = check(node).await;
     node.daemon.power_cut()?;
     drop(mounted);

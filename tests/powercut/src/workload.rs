@@ -58,7 +58,10 @@ impl Images {
             node.registry.add(&repository, "1", &image);
             let name = format!("{}/{repository}:1", node.registry.host());
             let files = oci_layout_of(&image, &name);
-            write_tar(&files, std::fs::File::create(archive(archives.path(), &name))?)?;
+            write_tar(
+                &files,
+                std::fs::File::create(archive(archives.path(), &name))?,
+            )?;
             images.insert(name, image);
         }
         Ok(Self {
@@ -109,7 +112,10 @@ pub async fn run(
         random: random.fork(),
     };
     let asked = history.asked(Operation::AddImage(images.base.clone()));
-    node.client.pull(&images.base).await.context("pull the base")?;
+    node.client
+        .pull(&images.base)
+        .await
+        .context("pull the base")?;
     history.answered(asked, Answer::Done);
     let names: Vec<&String> = images.images.keys().collect();
     let (some, others) = names.split_at(names.len() / 2);
@@ -217,29 +223,37 @@ impl Worker<'_> {
         let pod = id(self.change(Operation::RunPod(name.to_owned()), run).await?)?;
         for number in 0..self.random.u8(..3) {
             let name = format!("{name}-{number}");
-            let script = format!("trap 'exit {ENDED}' TERM; while :; do sleep 1000 & wait $!; done");
+            let script =
+                format!("trap 'exit {ENDED}' TERM; while :; do sleep 1000 & wait $!; done");
             let container = script_config(&name, &self.images.base, &script);
             let operation = Operation::CreateContainer {
                 pod: pod.clone(),
                 name,
             };
-            let create = async { Ok(Answer::Made(client.create(&pod, &container, &config).await?)) };
+            let create = async {
+                Ok(Answer::Made(
+                    client.create(&pod, &container, &config).await?,
+                ))
+            };
             let id = id(self.change(operation, create).await?)?;
             let far = self.random.u8(..5);
             if far >= 1 {
                 let start = async { Ok(done(client.start(&id).await?)) };
-                self.change(Operation::StartContainer(id.clone()), start).await?;
+                self.change(Operation::StartContainer(id.clone()), start)
+                    .await?;
             }
             if far >= 3 {
                 let stop = async {
                     client.stop(&id, 10).await?;
                     Ok(Answer::Ended(client.status(&id).await?.exit_code))
                 };
-                self.change(Operation::StopContainer(id.clone()), stop).await?;
+                self.change(Operation::StopContainer(id.clone()), stop)
+                    .await?;
             }
             if far >= 4 {
                 let remove = async { Ok(done(client.remove(&id).await?)) };
-                self.change(Operation::RemoveContainer(id.clone()), remove).await?;
+                self.change(Operation::RemoveContainer(id.clone()), remove)
+                    .await?;
             }
         }
         Ok(pod)
@@ -253,7 +267,8 @@ impl Worker<'_> {
         }
         // What is in the pod goes with it, asked for by that one request.
         let remove = async { Ok(done(client.remove_pod(&id).await?)) };
-        self.change(Operation::RemovePod(id.clone()), remove).await?;
+        self.change(Operation::RemovePod(id.clone()), remove)
+            .await?;
         Ok(())
     }
 }

@@ -25,7 +25,10 @@ fn power_cuts_during_pulls_and_pod_churn_lose_nothing() {
     assert!(outcome.faults.is_empty(), "{:#?}", outcome.faults);
     assert_eq!(outcome.cuts, plan.cuts);
     // A workload that never got anywhere would prove nothing.
-    assert!(outcome.changes > 10 && outcome.acknowledged > 10, "{outcome:?}");
+    assert!(
+        outcome.changes > 10 && outcome.acknowledged > 10,
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -54,9 +57,10 @@ fn a_disk_keeps_what_was_flushed_and_loses_the_rest() {
     // All of it came to the disk before the calls returned, and was flushed there.
     let entries = log.entries()[begin..].to_vec();
     let arrived = entries.iter().position(|entry| match *entry {
-        Entry::Write { length, at, .. } => {
-            log.data(at, length).unwrap().starts_with(&content[..4096.min(length as usize)])
-        }
+        Entry::Write { length, at, .. } => log
+            .data(at, length)
+            .unwrap()
+            .starts_with(&content[..4096.min(length as usize)]),
         _ => false,
     });
     let flushed = entries.iter().rposition(|entry| *entry == Entry::Flush);
