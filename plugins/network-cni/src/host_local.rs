@@ -1,15 +1,15 @@
 //! What a power loss does to the files of host-local, which keeps the addresses of most networks,
 //! one file each, `<dataDir>/<network>/<address>` with the id of the container in it.
 //!
-//! It syncs nothing. A file that was made shortly before the power went is there afterwards and
-//! empty, and no DEL ever finds it: that address would never be given out again. And a file that was
-//! deleted may be back, after we have forgotten the pod that it was for. Against the first, empty
-//! files are removed before the first call of the plugins; against the second, a DEL is done when
-//! its deletion is on disk.
+//! It syncs nothing. A file that was made shortly before the power went is there afterwards without
+//! what was written to it: empty, or on ext4 of its right length and full of zeros. No DEL ever finds
+//! it, and that address would never be given out again. And a file that was deleted may be back,
+//! after we have forgotten the pod that it was for. Against the first, such files are removed before
+//! the first call of the plugins; against the second, a DEL is done when its deletion is on disk.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,7 @@ fn mend(dir: &Path) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
         other => other?,
     };
-    // Under the lock a file that is empty is none that is about to be written.
+    // Under the lock a file without content is none that is about to be written.
     let lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
         Err((_, Errno::EWOULDBLOCK)) => return Ok(false),
         other => other.map_err(|(_, error)| error)?,
@@ -100,8 +100,7 @@ fn mend(dir: &Path) -> io::Result<bool> {
             .to_string_lossy()
             .parse::<IpAddr>()
             .is_ok();
-        let metadata = entry.metadata()?;
-        if is_address && metadata.is_file() && metadata.len() == 0 {
+        if is_address && entry.file_type()?.is_file() && is_blank(&entry.path())? {
             fs::remove_file(entry.path())?;
             let file = entry.path();
             tracing::warn!(file = %file.display(), "an address that was lost with the power is free again");
@@ -109,6 +108,13 @@ fn mend(dir: &Path) -> io::Result<bool> {
     }
     drop(lock);
     Ok(true)
+}
+
+/// Whether a file holds nothing, or zeros alone.
+fn is_blank(path: &Path) -> io::Result<bool> {
+    let mut start = Vec::new();
+    File::open(path)?.take(4096).read_to_end(&mut start)?;
+    Ok(start.iter().all(|byte| *byte == 0))
 }
 
 #[cfg(test)]
@@ -138,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_a_power_loss_left_empty_are_free_again() {
+    fn addresses_whose_files_a_power_loss_left_blank_are_free_again() {
         let temp = tempfile::tempdir().unwrap();
         let (network, dir) = (network(temp.path()), temp.path().join("test"));
         let mended = Mended::default();
@@ -156,6 +162,7 @@ mod tests {
             .iter()
             .for_each(|name| fs::write(dir.join(name), "").unwrap());
         fs::write(dir.join("10.0.0.3"), "id\r\neth0").unwrap();
+        fs::write(dir.join("fd00::7"), [0; 70]).unwrap();
         // Whoever has the lock may be about to write.
         let lock = File::open(dir.join(LOCK)).unwrap();
         let lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
@@ -165,7 +172,7 @@ mod tests {
         drop(lock);
         assert_eq!(mended.mend(&network), Ok(()));
         assert_eq!(names(&dir), ["10.0.0.3", "last_reserved_ip.0", "lock"]);
-        // Once: from now on what is empty was made by somebody who lives.
+        // Once: from now on what is blank was made by somebody who lives.
         fs::write(dir.join("10.0.0.4"), "").unwrap();
         assert_eq!(mended.mend(&network), Ok(()));
         assert_eq!(names(&dir).len(), 4);

@@ -105,12 +105,21 @@ impl History {
             if let Event::Answered(asked, _) = event
                 && flushes[number] == flushes[*asked]
                 && let Event::Asked(operation) = &events[*asked]
+                && !was_there(&events[..*asked], operation)
             {
                 unflushed.push(operation.clone());
             }
         }
         unflushed
     }
+}
+
+/// Whether an image is added that is there: nothing changes by it.
+fn was_there(before: &[Event], operation: &Operation) -> bool {
+    let Operation::AddImage(name) = operation else {
+        return false;
+    };
+    Expected::after(before).images.get(name) == Some(&Presence::Present)
 }
 
 /// Whether something must be there.
