@@ -72,7 +72,8 @@ fn read(path: &Path) -> Result<Option<String>> {
 
 fn write(path: &Path, line: &str) -> Result<()> {
     let line = format!("{line}\n");
-    gantry_sys::fs::write_atomic(path, line.as_bytes(), 0o600, true)
+    gantry_sys::fs::remove_temporaries(path)
+        .and_then(|()| gantry_sys::fs::write_atomic(path, line.as_bytes(), 0o600, true))
         .with_context(|| format!("write {}", path.display()))
 }
 

@@ -153,6 +153,10 @@ impl Content {
                 .map_err(|e| Error::io(format_args!("create {}", dir.display()), e))?;
         }
         let marker = root.join("oci-layout");
+        for file in [&marker, &content.index_path()] {
+            gantry_sys::fs::remove_temporaries(file)
+                .map_err(|e| Error::io(format_args!("tidy {}", root.display()), e))?;
+        }
         if !marker.exists() {
             gantry_sys::fs::write_atomic(&marker, LAYOUT, 0o600, true)
                 .map_err(|e| Error::io(format_args!("write {}", marker.display()), e))?;

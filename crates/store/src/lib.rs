@@ -16,7 +16,8 @@
 //! # Durability
 //!
 //! [`Store::put`] and [`Store::remove`] return after `flush`; callers that come while a flush is
-//! under way share the next one. All calls block on the disk: async callers use a blocking thread.
+//! under way share the next one. sled's own flush does not outlive a power loss; `disk` makes it
+//! do so. All calls block on the disk: async callers use a blocking thread.
 //!
 //! # When it will not open
 //!
@@ -28,6 +29,7 @@
 //! A disk that is full is no damage: the store is left where it is, and gantryd does not start. sled
 //! that has met one writes nothing again, so the next call after that opens the store anew.
 
+mod disk;
 mod envelope;
 mod flush;
 
@@ -50,6 +52,11 @@ pub mod record {
 pub enum Error {
     #[error("store {path}: {source}")]
     Open { path: PathBuf, source: sled::Error },
+    #[error("store {path}: preparing its directory: {source}")]
+    Prepare {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("store {path}: setting it aside: {source}")]
     SetAside {
         path: PathBuf,
@@ -83,6 +90,7 @@ impl Kind for Error {
                 source: sled::Error::Io(error),
                 ..
             } => Kind::kind(error),
+            Error::Prepare { source, .. } => Kind::kind(source),
             Error::Open { .. }
             | Error::SetAside { .. }
             | Error::Access { .. }
@@ -137,6 +145,7 @@ pub struct Store {
     db: RwLock<Option<sled::Db>>,
     /// A write has failed: nothing more is written before the store is opened anew.
     broken: AtomicBool,
+    disk: disk::Disk,
     flusher: flush::Shared,
 }
 
@@ -153,7 +162,13 @@ impl Store {
     /// Opens the store in directory `dir`, made if absent. A second process that opens it gets
     /// [`Error::Open`]: the lock is sled's own and a store in use is never set aside.
     pub fn open(dir: &Path) -> Result<Opened, Error> {
-        match Self::try_open(dir) {
+        let prepare = || {
+            disk::Disk::prepare(dir).map_err(|source| Error::Prepare {
+                path: dir.into(),
+                source,
+            })
+        };
+        match Self::try_open(dir, prepare()?) {
             Ok(store) => Ok(Opened {
                 store: Arc::new(store),
                 set_aside: None,
@@ -169,7 +184,7 @@ impl Store {
                     path: dir.into(),
                     source,
                 })?;
-                let store = Self::try_open(dir).map_err(|source| Error::Open {
+                let store = Self::try_open(dir, prepare()?).map_err(|source| Error::Open {
                     path: dir.into(),
                     source,
                 })?;
@@ -181,11 +196,12 @@ impl Store {
         }
     }
 
-    fn try_open(dir: &Path) -> Result<Self, sled::Error> {
+    fn try_open(dir: &Path, disk: disk::Disk) -> Result<Self, sled::Error> {
         Ok(Self {
             dir: dir.to_owned(),
             db: RwLock::new(Some(open_db(dir)?)),
             broken: AtomicBool::new(false),
+            disk,
             flusher: flush::Shared::default(),
         })
     }
@@ -318,6 +334,7 @@ impl Store {
                 gantry_sys::failpoint::at("store::written")?;
                 // Of the disk's errors this makes what they were.
                 db.flush().map_err(std::io::Error::from)?;
+                self.disk.flushed()?;
                 gantry_sys::failpoint::at("store::flushed")
             })
             .map_err(|flush::Failed { kind, message }| Error::Flush { kind, message })
@@ -408,6 +425,9 @@ fn set_aside(dir: &Path) -> std::io::Result<PathBuf> {
         let aside = PathBuf::from(name);
         if !aside.exists() {
             std::fs::rename(dir, &aside)?;
+            // Else a power loss could bring the damaged one back, under the records that were
+            // rebuilt meanwhile.
+            disk::sync_parent(dir)?;
             return Ok(aside);
         }
         n += 1;

@@ -258,6 +258,26 @@ pub fn syncfs(file: impl AsFd) -> io::Result<()> {
     Ok(rfs::syncfs(file)?)
 }
 
+/// Makes a file or directory synchronous (`FS_SYNC_FL`, ioctl_iflags(2)): whoever changes it from
+/// now on, its change is on disk when the call returns. What is made in such a directory is
+/// synchronous too. Returns false where the file system has no such flag.
+pub fn set_synchronous(file: impl AsFd) -> io::Result<bool> {
+    use rfs::IFlags;
+    use rustix::io::Errno;
+    let set = || {
+        let flags = rfs::ioctl_getflags(&file)?;
+        if !flags.contains(IFlags::SYNC) {
+            rfs::ioctl_setflags(&file, flags | IFlags::SYNC)?;
+        }
+        // There are file systems that take flags and forget them.
+        Ok(rfs::ioctl_getflags(&file)?.contains(IFlags::SYNC))
+    };
+    match set() {
+        Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => Ok(false),
+        other => Ok(other?),
+    }
+}
+
 /// Lets the disk begin with a piece of a file that was just written (sync_file_range(2)), so that
 /// whoever syncs it later finds little left to do. A hint: what fails here fails there too.
 pub fn start_writeback(file: impl AsFd, offset: u64, length: u64) {
@@ -344,6 +364,32 @@ pub fn write_atomic(path: &Path, content: &[u8], bits: u32, sync: bool) -> io::R
     result
 }
 
+/// Removes the temporary files that calls of [`write_atomic`] for `path` left when they were killed.
+/// Not to be called while one may be under way.
+pub fn remove_temporaries(path: &Path) -> io::Result<()> {
+    let (Some(dir), Some(name)) = (
+        path.parent(),
+        path.file_name().and_then(|name| name.to_str()),
+    ) else {
+        return Ok(());
+    };
+    let is_temporary = |other: &str| {
+        let numbers = other
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_suffix(".tmp"));
+        let numbers = numbers.and_then(|rest| rest.strip_prefix('.')?.split_once('.'));
+        let is_number = |text: &str| text.parse::<u32>().is_ok();
+        numbers.is_some_and(|(pid, nanos)| is_number(pid) && is_number(nanos))
+    };
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if is_temporary(&entry.file_name().to_string_lossy()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -409,6 +455,39 @@ mod tests {
         write_atomic(&path, b"2", 0o600, true).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"2");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_killed_atomic_writes_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let others = [
+            "index.json",
+            "index.json.tmp",
+            "index.json.1.x.tmp",
+            "other.json.1.2.tmp",
+        ];
+        for name in others
+            .iter()
+            .chain(&["index.json.1.2.tmp", "index.json.4000000.999999999.tmp"])
+        {
+            std::fs::write(at(name), "").unwrap();
+        }
+        remove_temporaries(&at("index.json")).unwrap();
+        assert!(others.iter().all(|name| at(name).exists()));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), others.len());
+    }
+
+    #[test]
+    fn a_synchronous_directory_makes_synchronous_files() {
+        let dir = tempfile::tempdir().unwrap();
+        if !set_synchronous(std::fs::File::open(dir.path()).unwrap()).unwrap() {
+            println!("SKIP a_synchronous_directory_makes_synchronous_files: no such flag here");
+            return;
+        }
+        let file = std::fs::File::create(dir.path().join("file")).unwrap();
+        let flags = rfs::ioctl_getflags(&file).unwrap();
+        assert!(flags.contains(rfs::IFlags::SYNC), "{flags:?}");
     }
 
     #[test]

@@ -29,6 +29,9 @@ pub(crate) const SHIMS: &str = "shims";
 /// Lines of the daemon's log that are shown when a test fails.
 const SHOWN: usize = 80;
 
+/// Arguments: a file with the id of a boot, and the daemon's command line.
+const REBOOTED: &str = r#"mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@""#;
+
 const CNI_BIN_DIRS: [&str; 3] = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"];
 
 /// Handler whose OCI runtime has [`Daemon::runtime_faults`].
@@ -44,6 +47,9 @@ pub struct Options {
     pub network: bool,
     /// `--root` is a tmpfs of so many bytes instead of a directory.
     pub root_bytes: Option<u64>,
+    /// A file system of the caller's, mounted there, that `--root` and the directory of host-local
+    /// lie on. Only its caller unmounts it.
+    pub disk: Option<PathBuf>,
     /// The systemd cgroup driver instead of cgroupfs.
     pub systemd: bool,
 }
@@ -55,6 +61,7 @@ impl Default for Options {
             config: String::new(),
             network: true,
             root_bytes: None,
+            disk: None,
             systemd: false,
         }
     }
@@ -188,6 +195,9 @@ pub struct Daemon {
     places: Places,
     socket: PathBuf,
     env: Vec<(String, String)>,
+    disk: Option<PathBuf>,
+    /// What the daemon is told that this boot's id is; none: the machine's own.
+    boot_id: Option<PathBuf>,
     netns: Netns,
     plugin_faults: Faults,
     runtime_faults: Faults,
@@ -202,10 +212,11 @@ impl Daemon {
             .tempdir_in("/var/tmp")?;
         let name = fresh_name();
         let at = |below: &str| dir.path().join(below);
-        for made in [
-            "root", "logs", "bin", "cni", "netns", "ipam", "certs.d", "conf.d",
-        ] {
-            fs::create_dir(at(made))?;
+        let lasting = options.disk.as_deref().unwrap_or(dir.path());
+        let (root, ipam_dir) = (lasting.join("root"), lasting.join("ipam"));
+        let made = ["logs", "bin", "cni", "netns", "certs.d", "conf.d"].map(at);
+        for made in made.iter().chain([&root, &ipam_dir]) {
+            fs::create_dir(made)?;
         }
         // Short, since socket paths lie below it, and a tmpfs on any machine.
         let state = Path::new("/run").join(&name);
@@ -224,20 +235,24 @@ impl Daemon {
             let (parent, shims) = (format!("/{name}"), format!("/{name}/{SHIMS}"));
             ("cgroupfs", name.clone(), parent, shims)
         };
+        let mut dirs = vec![state.clone(), dir.path().to_owned()];
+        dirs.extend(options.disk.clone());
         let places = Places {
-            root: at("root"),
+            root,
             state: state.clone(),
-            dirs: vec![state.clone(), dir.path().to_owned()],
+            dirs,
             netns_dir: at("netns"),
             netns: netns.link()?,
             cgroup,
-            ipam_dir: at("ipam"),
+            ipam_dir,
         };
         let mut daemon = Self {
             name,
             child: None,
             socket: state.join("cri.sock"),
             env: options.env,
+            disk: options.disk,
+            boot_id: None,
             netns,
             plugin_faults,
             runtime_faults,
@@ -330,6 +345,15 @@ impl Daemon {
             .collect();
     }
 
+    /// The daemon's next starts are in a boot of that id. It gets a mount namespace of its own
+    /// for that: mounts that are its own are seen in `/proc/PID/mountinfo` alone.
+    pub fn set_boot_id(&mut self, id: &str) -> io::Result<()> {
+        let path = self.path("boot_id");
+        fs::write(&path, format!("{id}\n"))?;
+        self.boot_id = Some(path);
+        Ok(())
+    }
+
     /// Starts the daemon, which must not be running.
     pub fn spawn(&mut self) -> io::Result<()> {
         if self.running() {
@@ -339,7 +363,17 @@ impl Daemon {
             .create(true)
             .append(true)
             .open(self.path("gantryd.log"))?;
-        let mut command = Command::new(gantryd()?);
+        let mut command = match &self.boot_id {
+            None => Command::new(gantryd()?),
+            Some(id) => {
+                let mut command = Command::new("unshare");
+                command
+                    .args(["--mount", "--propagation", "slave", "sh", "-c", REBOOTED])
+                    .arg(id)
+                    .arg(gantryd()?);
+                command
+            }
+        };
         command
             .arg("--config")
             .arg(self.path("config.toml"))
@@ -512,7 +546,7 @@ impl Daemon {
         }
         let own = [self.netns.path(), &self.places.state, &self.places.root];
         for point in self.places.mounts().iter().rev() {
-            if !own.contains(&point.as_path()) {
+            if !own.contains(&point.as_path()) && self.disk.as_ref() != Some(point) {
                 umount2(point, MntFlags::MNT_DETACH)?;
             }
         }
@@ -528,7 +562,7 @@ impl Daemon {
             systemctl.args(["stop", &self.places.cgroup]).status()?;
         }
         for point in self.places.mounts().iter().rev() {
-            if point != self.netns.path() {
+            if point != self.netns.path() && self.disk.as_ref() != Some(point) {
                 umount2(point, MntFlags::MNT_DETACH)?;
             }
         }

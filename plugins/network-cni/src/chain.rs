@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_ports::network::{Attached, Attachment};
@@ -13,6 +14,7 @@ use crate::capability::runtime_config;
 use crate::config::{Network, execution_config, plugin_type};
 use crate::error::Error;
 use crate::exec::{Call, run};
+use crate::host_local::{self, Mended};
 use crate::result;
 use crate::version::Version;
 
@@ -58,6 +60,7 @@ pub struct Plugins {
     pub bin_dirs: Vec<PathBuf>,
     pub limit: Duration,
     pub calls_dir: PathBuf,
+    pub mended: Arc<Mended>,
 }
 
 impl Plugins {
@@ -71,6 +74,7 @@ impl Plugins {
                 reason: "is missing".into(),
             });
         }
+        self.mend(&record.config).await;
         let added = self.add_chain(&request, &record).await;
         let (result, ips) = match added {
             Ok(added) => added,
@@ -122,10 +126,35 @@ impl Plugins {
 
     /// DEL by each plugin, last one first, under the configuration and result of the record.
     pub async fn delete(&self, pod: &Attachment, record: &Record) -> Result<(), Error> {
-        match Request::new(pod, record) {
-            Ok(request) => self.delete_chain(&request, record).await,
-            // ADD refused the same values before any plugin ran: there is nothing to give back.
-            Err(_) => Ok(()),
+        // ADD refused the same values before any plugin ran: there is nothing to give back.
+        let Ok(request) = Request::new(pod, record) else {
+            return Ok(());
+        };
+        self.mend(&record.config).await;
+        self.delete_chain(&request, record).await?;
+        // The core forgets the pod next.
+        let network = record.config.clone();
+        let settled = tokio::task::spawn_blocking(move || {
+            host_local::settle(&network).map_err(|(dir, source)| Error::Settle {
+                network: network.name,
+                dir,
+                source,
+            })
+        });
+        settled
+            .await
+            .unwrap_or_else(|error| Err(Error::Start(error.to_string())))
+    }
+
+    /// Not worth a call's failure, nor its waiting for a lock.
+    async fn mend(&self, network: &Network) {
+        let (mended, network) = (Arc::clone(&self.mended), network.clone());
+        let done = tokio::task::spawn_blocking(move || mended.mend(&network)).await;
+        if let Ok(Err(error)) = done {
+            tracing::warn!(
+                error,
+                "addresses that a power loss may have left are not looked at"
+            );
         }
     }
 

@@ -62,6 +62,13 @@ pub enum Error {
     /// Several plugins of a chain failed on the way back.
     #[error("{first}; {rest}")]
     Several { first: Box<Error>, rest: Box<Error> },
+    /// What was given back may be taken again after a power loss.
+    #[error("network {network}: sync {dir}: {source}", dir = dir.display())]
+    Settle {
+        network: String,
+        dir: PathBuf,
+        source: std::io::Error,
+    },
     #[error("start the network: {0}")]
     Start(String),
 }
@@ -79,7 +86,7 @@ impl Kind for Error {
             Self::Failed {
                 code: Some(code), ..
             } if TRY_AGAIN.contains(code) => ErrorKind::Unavailable,
-            Self::Exec { source, .. } => Kind::kind(source),
+            Self::Exec { source, .. } | Self::Settle { source, .. } => Kind::kind(source),
             Self::Undo { attach: first, .. } | Self::Several { first, .. } => first.kind(),
             Self::Record(_) | Self::Failed { .. } | Self::Result { .. } | Self::Start(_) => {
                 ErrorKind::Internal

@@ -15,6 +15,7 @@ mod conf_dir;
 mod config;
 mod error;
 mod exec;
+mod host_local;
 mod leftovers;
 mod quantity;
 mod result;
@@ -107,6 +108,7 @@ impl Cni {
                 bin_dirs: options.bin_dirs.clone(),
                 limit: options.timeout,
                 calls_dir: options.calls_dir.clone(),
+                mended: Arc::default(),
             },
             state: RwLock::new(State {
                 loaded: conf_dir::load(&options.conf_dir).map(Arc::new),
