@@ -288,33 +288,6 @@ mod tests {
         copy(&open(from)?, &open(to)?, |name: &OsStr| name != "user.no")
     }
 
-    /// The most memory that this process has had at once, in KiB (proc_pid_status(5)).
-    fn peak() -> u64 {
-        let status = std_fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let number = line.unwrap().trim().trim_end_matches(" kB");
-        number.parse().unwrap()
-    }
-
-    #[test]
-    fn the_memory_of_a_copy_does_not_grow_with_its_paths() {
-        if !is_root("the_memory_of_a_copy_does_not_grow_with_its_paths") {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
-        let deep: PathBuf = (0..14).map(|_| "d".repeat(250)).collect();
-        let leaf = from.join(deep);
-        std_fs::create_dir_all(&leaf).unwrap();
-        for n in 0..3000 {
-            std_fs::create_dir(leaf.join(n.to_string())).unwrap();
-        }
-        let before = peak();
-        copy_of(&from, &to).unwrap();
-        let grown = peak() - before;
-        assert!(grown < 5 << 10, "{grown} KiB");
-    }
-
     #[test]
     fn everything_but_sockets_is_copied_as_it_is() {
         if !is_root("everything_but_sockets_is_copied_as_it_is") {
