@@ -21,17 +21,19 @@
 //!
 //! # When it will not open
 //!
-//! sled's 0.34 line can be damaged by an abrupt stop. [`Store::open`] then renames the directory
-//! to `<dir>.damaged-<n>` and starts empty; [`Opened::set_aside`] says so. Some damage it does not
-//! notice: a log that was cut opens as a shorter one. So whoever reads completes the store from what
-//! describes itself (run directories, the content store's index, layer directories), each time.
-
+//! sled's 0.34 line can be damaged by an abrupt stop, and takes some of what one leaves for damage
+//! (`snapshot`). Of what is damaged [`Store::open`] renames the directory to `<dir>.damaged-<n>` and
+//! starts empty; [`Opened::set_aside`] says so. Some damage it does not notice: a log that was cut
+//! opens as a shorter one. So whoever reads completes the store from what describes itself (run
+//! directories, the content store's index, layer directories), each time.
+//!
 //! A disk that is full is no damage: the store is left where it is, and gantryd does not start. sled
 //! that has met one writes nothing again, so the next call after that opens the store anew.
 
 mod disk;
 mod envelope;
 mod flush;
+mod snapshot;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -370,6 +372,7 @@ fn remove<R: Record>(db: &sled::Db, key: &str) -> Result<(), Error> {
 }
 
 fn open_db(dir: &Path) -> Result<sled::Db, sled::Error> {
+    snapshot::remove_unfinished(dir)?;
     // sled answers some damage with a panic (spacejam/sled#1533): that is damage too, not a
     // reason to crash at every start.
     let opened = std::panic::catch_unwind(|| {
@@ -533,6 +536,24 @@ mod tests {
                 .records
                 .is_empty()
         );
+        opened.store.put("b", &image("b")).unwrap();
+    }
+
+    #[test]
+    fn a_snapshot_that_was_not_finished_is_no_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let opened = Store::open(&path).unwrap();
+        opened.store.put("a", &image("a")).unwrap();
+        drop(opened);
+        // Its name sorts behind that of every finished one.
+        std::fs::write(path.join("snap.FFFFFFFFFFFFFFFF.generating"), "").unwrap();
+        let opened = Store::open(&path).unwrap();
+        assert_eq!(opened.set_aside, None);
+        assert_eq!(opened.store.scan::<ImageRecord>().unwrap().records.len(), 1);
+        // In the same process, after a disk that was full.
+        std::fs::write(path.join("snap.FFFFFFFFFFFFFFFF.generating"), "").unwrap();
+        opened.store.broken.store(true, Ordering::Release);
         opened.store.put("b", &image("b")).unwrap();
     }
 
