@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::daemon::SHIMS;
 
 /// How long what is being torn down may take to be gone.
-const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// Where to look.
 #[derive(Clone, Debug)]

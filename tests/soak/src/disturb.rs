@@ -15,8 +15,9 @@ use crate::actor::Shared;
 use crate::history::{Run, Stopped};
 use crate::rng::Rng;
 
-/// A shim that is held for longer than this is taken for dead by the daemon.
-const SHIM_LIMIT: Duration = Duration::from_secs(4);
+/// A shim that is held for longer than this may be taken for dead by the daemon, which waits for 5 s:
+/// the machine may be slow too.
+const SHIM_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long the daemon may be armed before it is killed by hand.
 const ARMED: Duration = Duration::from_secs(3);

@@ -106,7 +106,7 @@ fn cve_2026_47262_account_files_are_bounded_and_regular() {
                 let started = Instant::now();
                 let status = create(node, &pod, &sleeper("c", &image)).await.unwrap_err();
                 assert!(status.message().contains(says), "{name}: {status:?}");
-                assert!(started.elapsed() < Duration::from_secs(5), "{name}");
+                assert!(started.elapsed() < Duration::from_secs(60), "{name}");
             }
         },
     );

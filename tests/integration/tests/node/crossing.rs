@@ -322,11 +322,13 @@ async fn cross(node: &mut Node, request: Request, trouble: Trouble) {
                     // What goes on beside a request does not always go on in the same number.
                     if answer.is_ok() && !dies(node).await {
                         missed += 1;
+                        // It is still armed.
+                        node.daemon.kill().unwrap();
                     } else {
                         let ended = node.daemon.wait_ended().await;
                         ended.unwrap_or_else(|error| panic!("{at}: {error}: {answer:?}"));
-                        node.start_again(&[]).await;
                     }
+                    node.start_again(&[]).await;
                 }
                 Trouble::KillShim => {
                     missed += usize::from(!loss_is_over(node, &answer).await);
@@ -404,7 +406,7 @@ async fn loss_is_over(node: &Node, answer: &cri::Result<()>) -> bool {
 
 /// Whether the daemon ends soon, after it has answered.
 pub(crate) async fn dies(node: &mut Node) -> bool {
-    for _ in 0..100 {
+    for _ in 0..500 {
         if !node.daemon.running() {
             return true;
         }

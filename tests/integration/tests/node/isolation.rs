@@ -11,10 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// No call on another pod may come near this; what is stuck takes longer than the test.
-const FAST: Duration = Duration::from_secs(5);
+const FAST: Duration = Duration::from_secs(15);
 
 /// A call that waits for what hangs ends with that call's own deadline and those of its undo.
-const BOUND: Duration = Duration::from_secs(60);
+const BOUND: Duration = Duration::from_secs(150);
 
 /// Writes without end, but not before its start is answered.
 const WHEN_TOLD: &str = "while [ ! -e /tmp/go ]; do sleep 0.1; done; exec yes";
@@ -70,7 +70,7 @@ fn stalled_log(path: &std::path::Path) -> File {
 fn four_pods_that_are_stuck_delay_no_other() {
     const NAME: &str = "four_pods_that_are_stuck_delay_no_other";
     let options = Options::default()
-        .config("[timeouts]\nruntime_seconds = 20\nnetwork_seconds = 20\nrecovery_seconds = 3\n");
+        .config("[timeouts]\nruntime_seconds = 45\nnetwork_seconds = 45\nrecovery_seconds = 3\n");
     on_node(NAME, options, async |node| {
         let image = node.busybox().await;
         let witness = node.pod("witness").await;

@@ -34,6 +34,15 @@ fn under_way(node: &Node) -> Vec<String> {
     found
 }
 
+/// Whether a part of a blob has been written that is worth going on from.
+fn some_of_a_blob(node: &Node) -> bool {
+    let ingest = node.daemon.places().root.join("content/ingest");
+    let entries = std::fs::read_dir(ingest).unwrap().flatten();
+    // It may be gone again.
+    let mut files = entries.filter_map(|entry| entry.metadata().ok());
+    files.any(|file| file.len() > 128 << 10)
+}
+
 /// The daemon is killed at `stage`; the next pull completes and nothing of the first is left.
 async fn killed(node: &mut Node, stage: &str) {
     node.registry.add("test/cut", "1", busybox_image());
@@ -138,15 +147,18 @@ fn a_disk_that_hangs_fails_the_pull() {
         return;
     }
     let options = Options::default()
-        .env("FAILPOINTS", "pull::mid-download=2*off->1*sleep(6000)->off")
-        .config("[images]\nprogress_timeout_seconds = 1\n");
+        .env(
+            "FAILPOINTS",
+            "pull::mid-download=2*off->1*sleep(20000)->off",
+        )
+        .config("[images]\nprogress_timeout_seconds = 4\n");
     on_node(NAME, options, async |node| {
         node.registry.add("test/hung", "1", busybox_image());
         let name = format!("{}/test/hung:1", node.registry.host());
         let start = std::time::Instant::now();
         let error = node.client.pull(&name).await.unwrap_err();
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert!(took < Duration::from_secs(18), "{took:?}");
         let text = error.to_string();
         for part in ["the disk took nothing", &name] {
             assert!(text.contains(part), "{text}");
@@ -169,9 +181,13 @@ fn a_pull_that_no_client_waits_for_ends() {
             .behave(|b| b.trickle = Some((4096, Duration::from_millis(20))));
         let name = format!("{}/test/slow:1", node.registry.host());
         let client = Client::connect(node.daemon.socket()).unwrap();
-        let left = tokio::time::timeout(Duration::from_secs(1), client.pull(&name)).await;
-        assert!(left.is_err());
-        assert!(!under_way(node).is_empty(), "it was under way");
+        let begun = eventually("some of the layer is here", async || {
+            some_of_a_blob(node).then_some(())
+        });
+        tokio::select! {
+            answer = client.pull(&name) => panic!("{answer:?}"),
+            () = begun => {}
+        }
         eventually("the pull ends", async || {
             under_way(node)
                 .iter()
@@ -223,15 +239,16 @@ fn the_memory_of_a_pull_does_not_grow_with_the_image() {
                 }
                 builder.build()
             };
-            // Three times the number of layers and eight times the size of each.
-            let (small, large) = (image(1, 4, 512 << 10), image(2, 12, 4 << 20));
-            node.pull("small", &small).await;
+            // What the allocator keeps and what the threads take is there after the first.
+            node.pull("warm", &image(1, 12, 2 << 20)).await;
+            peak_kb(node);
+            node.pull("small", &image(2, 12, 2 << 20)).await;
             let first = peak_kb(node);
-            node.pull("large", &large).await;
+            node.pull("large", &image(3, 12, 10 << 20)).await;
             let second = peak_kb(node);
             assert!(
-                second < first + (16 << 10),
-                "{first} kB for 2 MiB, {second} kB for 48 MiB"
+                second < first + (40 << 10),
+                "{first} kB for 24 MiB, {second} kB for 120 MiB"
             );
         },
     );

@@ -396,7 +396,7 @@ fn a_plugin_that_fails_at_del() {
 
 #[test]
 fn a_runtime_that_fails_hangs_or_dies() {
-    let options = Options::default().config("[timeouts]\nruntime_seconds = 2\n");
+    let options = Options::default().config("[timeouts]\nruntime_seconds = 10\n");
     on_node(
         "a_runtime_that_fails_hangs_or_dies",
         options,

@@ -281,7 +281,7 @@ fn a_step_that_fails_is_taken_back() {
 #[test]
 fn a_hanging_plugin_is_left_behind() {
     let options =
-        gantry_testkit::daemon::Options::default().config("[timeouts]\nnetwork_seconds = 2\n");
+        gantry_testkit::daemon::Options::default().config("[timeouts]\nnetwork_seconds = 10\n");
     gantry_integration::on_node("a_hanging_plugin_is_left_behind", options, async |node| {
         let image = node.busybox().await;
         node.daemon.plugin_faults().set("ADD", Fault::Hang);

@@ -245,19 +245,26 @@ fn a_systemd_that_hangs_costs_the_pod_that_asks() {
     on_node(NAME, options.systemd(), async |node| {
         let config = node.pod_config("hangs");
         let began = Instant::now();
-        let (made, ()) = tokio::join!(node.client.run_pod(&config), async {
-            // Meanwhile everything else is answered at once.
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let asked = Instant::now();
-            node.client.list_pods(None).await.unwrap();
-            assert!(asked.elapsed() < Duration::from_secs(2));
-        });
+        let (made, before) = tokio::join!(
+            async {
+                let made = node.client.run_pod(&config).await;
+                (made, began.elapsed())
+            },
+            async {
+                // Meanwhile everything else is answered.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                node.client.list_pods(None).await.unwrap();
+                began.elapsed()
+            }
+        );
+        let (made, after) = made;
+        assert!(before < after, "{before:?}, {after:?}");
         let error = made.unwrap_err();
         assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
         assert!(error.message().contains("systemd"), "{error}");
         // Ten seconds for the scopes, and as long until they are left to systemd.
         assert!(
-            began.elapsed() < Duration::from_secs(40),
+            began.elapsed() < Duration::from_secs(100),
             "{:?}",
             began.elapsed()
         );

@@ -86,7 +86,7 @@ fn an_exec_has_a_terminal_of_the_clients_size() {
 #[test]
 fn an_exec_whose_client_goes_is_ended_with_its_tree() {
     const NAME: &str = "an_exec_whose_client_goes_is_ended_with_its_tree";
-    let options = Options::default().config("[timeouts]\nexec_grace_seconds = 1\n");
+    let options = Options::default().config("[timeouts]\nexec_grace_seconds = 5\n");
     on_node(NAME, options, async |node| {
         let (_, id) = idle(node, "gone").await;
         // One that ends by itself when its input does is let to.
@@ -110,7 +110,10 @@ fn an_exec_whose_client_goes_is_ended_with_its_tree() {
         for socket in [&mut terminal, &mut shell] {
             socket.until("up\r\n");
         }
-        assert_eq!(processes(node, &id, "4711").await, 2);
+        eventually("both have begun", async || {
+            (processes(node, &id, "4711").await == 2).then_some(())
+        })
+        .await;
         let gone = Instant::now();
         drop((polite, stubborn, terminal, shell));
         // A terminal's hang-up is no matter of grace.
@@ -125,7 +128,7 @@ fn an_exec_whose_client_goes_is_ended_with_its_tree() {
             .await;
         }
         assert!(
-            gone.elapsed() > Duration::from_secs(1),
+            gone.elapsed() > Duration::from_secs(5),
             "before the grace was over"
         );
         assert_eq!(node.sh(&id, "cat /tmp/polite").await, "said");
@@ -147,7 +150,10 @@ fn sigterm_ends_sessions_and_leaves_containers() {
         attached.rest();
         node.start_again(&[]).await;
         assert!(node.is_running(&id).await);
-        assert_eq!(processes(node, &id, "4711").await, 0);
+        eventually("the command has ended", async || {
+            (processes(node, &id, "4711").await == 0).then_some(())
+        })
+        .await;
         // What the first daemon had open.
         node.accept_now();
     });
