@@ -179,7 +179,7 @@ mod tests {
         unlimited.received(usize::MAX).await;
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_place_is_for_a_while() {
         let budget = Budget::new(1, 1, None);
         let (mut slow, mut other) = (budget.place(), budget.place());

@@ -144,21 +144,37 @@ impl Drop for Group {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
+    /// Written by a process of its own: one that another test forks meanwhile would inherit a
+    /// descriptor for writing, and executing the file would fail with ETXTBSY.
     fn helper(script: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("docker-credential-test");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut writer = std::process::Command::new("sh")
+            .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
+            .arg(&path)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = writer.stdin.take().unwrap();
+        std::io::Write::write_all(&mut input, format!("#!/bin/sh\n{script}\n").as_bytes()).unwrap();
+        drop(input);
+        assert!(writer.wait().unwrap().success());
         dir
     }
 
     async fn ask(script: &str, host: &str) -> Result<Option<Credentials>, String> {
+        ask_within(script, host, TIMEOUT).await
+    }
+
+    async fn ask_within(
+        script: &str,
+        host: &str,
+        timeout: Duration,
+    ) -> Result<Option<Credentials>, String> {
         let dir = helper(script);
-        get_within(Some(dir.path()), "test", host, Duration::from_secs(2)).await
+        get_within(Some(dir.path()), "test", host, timeout).await
     }
 
     #[tokio::test]
@@ -191,20 +207,21 @@ mod tests {
     #[tokio::test]
     async fn a_helper_that_fails_hangs_or_babbles_is_an_error_that_shows_no_secret() {
         let start = std::time::Instant::now();
-        for (script, part) in [
-            ("echo hunter2; exit 3", "exit status: 3"),
-            ("echo hunter2", "not what"),
-            ("sleep 1000 & wait", "no answer"),
-            ("while :; do echo hunter2hunter2hunter2; done", "more than"),
+        let babble = "while :; do echo hunter2hunter2hunter2; done";
+        for (script, part, timeout) in [
+            ("echo hunter2; exit 3", "exit status: 3", TIMEOUT),
+            ("echo hunter2", "not what", TIMEOUT),
+            ("sleep 1000 & wait", "no answer", Duration::from_secs(2)),
+            (babble, "more than", TIMEOUT),
         ] {
-            let error = ask(script, "r.io").await.unwrap_err();
+            let error = ask_within(script, "r.io", timeout).await.unwrap_err();
             assert!(
                 error.contains("docker-credential-test") && error.contains(part),
                 "{script}: {error}"
             );
             assert!(!error.contains("hunter2"), "{error}");
         }
-        assert!(start.elapsed() < Duration::from_secs(60));
+        assert!(start.elapsed() < Duration::from_secs(300));
         let dir = tempfile::tempdir().unwrap();
         assert!(get(Some(dir.path()), "absent", "r.io").await.is_err());
         for name in ["", "../x", "a/b", "a b"] {

@@ -240,7 +240,11 @@ async fn a_transfer_that_breaks_goes_on_where_it_was() {
     }
     let made = big();
     for (ignore_range, stall) in [(false, false), (true, false), (false, true)] {
-        let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+        let mut options = options();
+        if stall {
+            options.registry.progress_timeout = Duration::from_secs(1);
+        }
+        let (node, registry) = (Node::with(options), Registry::start().await.unwrap());
         registry.add("a", "v1", &made);
         registry.behave(|b| {
             b.ignore_range = ignore_range;
@@ -267,7 +271,9 @@ async fn a_transfer_that_breaks_goes_on_where_it_was() {
 
 #[tokio::test]
 async fn a_registry_that_never_gets_on_is_given_up() {
-    let (node, registry) = (Node::new(), Registry::start().await.unwrap());
+    let mut options = options();
+    options.registry.progress_timeout = Duration::from_millis(300);
+    let (node, registry) = (Node::with(options), Registry::start().await.unwrap());
     registry.add("a", "v1", &big());
     registry.behave(|b| b.stall_after = Some((100, 1000)));
     let error = node

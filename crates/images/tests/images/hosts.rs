@@ -1,6 +1,6 @@
 //! Registries that want to know who asks, mirrors, and hosts that lead elsewhere.
 
-use gantry_images::{Credentials, PullRequest};
+use gantry_images::{Credentials, Options, PullRequest};
 use gantry_testkit::registry::{Auth, Registry};
 use gantry_types::{ErrorKind, Kind};
 
@@ -49,11 +49,18 @@ async fn pull(
 
 /// A node whose `hosts.toml` for `registry` says this.
 fn node_with_hosts(registry: &str, text: &str) -> (Node, tempfile::TempDir) {
+    node_with_hosts_and(options(), registry, text)
+}
+
+fn node_with_hosts_and(
+    mut options: Options,
+    registry: &str,
+    text: &str,
+) -> (Node, tempfile::TempDir) {
     let certs = tempfile::tempdir().unwrap();
     let dir = certs.path().join(registry);
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("hosts.toml"), text).unwrap();
-    let mut options = options();
     options.registry.certs_d = Some(certs.path().to_owned());
     (Node::with(options), certs)
 }
@@ -496,7 +503,11 @@ async fn a_mirror_that_fails_in_any_way_is_passed_over() {
             server.url(),
             mirror.url()
         );
-        let (node, _certs) = node_with_hosts("r.example", &text);
+        let mut options = options();
+        if what == "stalls" {
+            options.registry.progress_timeout = std::time::Duration::from_secs(1);
+        }
+        let (node, _certs) = node_with_hosts_and(options, "r.example", &text);
         let pulled = node.pull("r.example/a:v1").await;
         assert!(pulled.is_ok(), "{what}: {}", pulled.unwrap_err());
         assert!(
@@ -556,11 +567,19 @@ fn node_with_keychain(
     (Node::with(options), dir)
 }
 
+/// By a process of its own: one that another test forks meanwhile would inherit a descriptor for
+/// writing, and executing the file would fail with ETXTBSY.
 fn write_helper(dir: &std::path::Path, script: &str) {
-    use std::os::unix::fs::PermissionsExt;
-    let path = dir.join("docker-credential-test");
-    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut writer = std::process::Command::new("sh")
+        .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
+        .arg(dir.join("docker-credential-test"))
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = writer.stdin.take().unwrap();
+    std::io::Write::write_all(&mut input, format!("#!/bin/sh\n{script}\n").as_bytes()).unwrap();
+    drop(input);
+    assert!(writer.wait().unwrap().success());
 }
 
 #[tokio::test]

@@ -27,11 +27,12 @@ pub struct Node {
     pub snapshotter: Arc<dyn Snapshotter>,
 }
 
+/// Nothing is given up for being slow, as a loaded machine may make it.
 pub fn options() -> Options {
     let mut options = Options::default();
     options.registry.retry_wait = Duration::from_millis(1);
-    options.registry.header_timeout = Duration::from_secs(5);
-    options.registry.progress_timeout = Duration::from_millis(300);
+    options.registry.header_timeout = Duration::from_secs(30);
+    options.registry.progress_timeout = Duration::from_secs(30);
     options
 }
 

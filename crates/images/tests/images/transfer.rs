@@ -159,9 +159,13 @@ async fn given_up(registry: &Registry, name: &str, options: Options) -> Node {
     node
 }
 
+/// How long what happens behind a pull may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Waits until a pull that nobody waits for has ended.
 async fn settled(node: &Node) {
-    for _ in 0..500 {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
         if node.names("overlayfs/stages").is_empty()
             && node.names("overlayfs/trash").is_empty()
             && node.names("content/ingest") == node.parts()
@@ -214,7 +218,8 @@ async fn what_was_left_is_not_believed() {
     let mut now = options();
     now.keep_unreferenced = Duration::ZERO;
     let node = given_up(&registry, &name, now).await;
-    for _ in 0..500 {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
         // The pull's lease ends with it.
         node.images.collect(nothing_in_use()).await.unwrap();
         if node.parts().is_empty() {
@@ -266,10 +271,16 @@ async fn a_slow_transfer_is_no_stall() {
     if not_root("a_slow_transfer_is_no_stall") {
         return;
     }
-    // Twice the progress time-out in all, a tenth of it between any two pieces.
-    let (_registry, name) =
-        serve(|b| b.trickle = Some((SIZE / 20, Duration::from_millis(30)))).await;
-    Node::new().pull(&name).await.unwrap();
+    // More than the progress time-out in all, a fraction of it between any two pieces.
+    let limit = Duration::from_secs(4);
+    let mut options = options();
+    options.registry.progress_timeout = limit;
+    let (registry, name) = serve(|b| b.trickle = Some((SIZE / 12, limit / 10))).await;
+    let start = Instant::now();
+    Node::with(options).pull(&name).await.unwrap();
+    assert!(start.elapsed() > limit, "{:?}", start.elapsed());
+    // One that is given up goes on where it was.
+    assert_eq!(ranges(&registry), [0; 0]);
 }
 
 #[tokio::test]
@@ -280,7 +291,7 @@ async fn a_hung_registry_delays_only_its_own_pulls() {
     let mut one = options();
     one.parallel_downloads = 1;
     one.parallel_unpacks = 1;
-    one.registry.progress_timeout = Duration::from_secs(60);
+    one.registry.progress_timeout = Duration::from_secs(600);
     let node = Node::with(one);
     let (_hung, hung_name) = serve(|b| b.stall_after = Some((1_000_000, 1000))).await;
     let (good, good_name) = serve(|_| ()).await;
@@ -297,7 +308,7 @@ async fn a_hung_registry_delays_only_its_own_pulls() {
         }
     }
     assert!(
-        start.elapsed() < Duration::from_secs(20),
+        start.elapsed() < Duration::from_secs(300),
         "{:?}",
         start.elapsed()
     );
@@ -311,7 +322,7 @@ async fn trickling_registries_delay_only_their_own_pulls() {
     }
     let mut few = options();
     few.parallel_downloads = 2;
-    few.registry.progress_timeout = Duration::from_secs(60);
+    few.registry.progress_timeout = Duration::from_secs(600);
     let node = Node::with(few);
     // Bytes never cease to come, and the layers would take hours.
     let slow = serve(|b| b.trickle = Some((10, Duration::from_millis(5)))).await;
@@ -336,13 +347,13 @@ async fn trickling_registries_delay_only_their_own_pulls() {
         good = async {
             tokio::time::sleep(Duration::from_millis(500)).await;
             // The very layer that trickles elsewhere, too.
-            tokio::time::timeout(Duration::from_secs(60), node.pull(&good_name)).await
+            tokio::time::timeout(Duration::from_secs(300), node.pull(&good_name)).await
         } => {
             good.unwrap().unwrap();
         }
     }
     assert!(
-        start.elapsed() < Duration::from_secs(20),
+        start.elapsed() < Duration::from_secs(300),
         "{:?}",
         start.elapsed()
     );
@@ -366,7 +377,7 @@ fn hung_pulls_hold_no_threads() {
             .unwrap();
         runtime.block_on(async {
             let mut patient = options();
-            patient.registry.progress_timeout = Duration::from_secs(60);
+            patient.registry.progress_timeout = Duration::from_secs(600);
             let node = Node::with(patient);
             let hung = Registry::start().await.unwrap();
             let noise = big(after + 6000).layers[0].data.clone();
@@ -396,12 +407,12 @@ fn hung_pulls_hold_no_threads() {
                     }
                     tokio::time::sleep(Duration::from_millis(300)).await;
                     let good = node.pull(&good_name);
-                    let good = tokio::time::timeout(Duration::from_secs(60), good).await;
+                    let good = tokio::time::timeout(Duration::from_secs(300), good).await;
                     good.unwrap().unwrap();
                 } => {}
             }
             let took = start.elapsed();
-            assert!(took < Duration::from_secs(40), "{threads}: {took:?}");
+            assert!(took < Duration::from_secs(300), "{threads}: {took:?}");
             settled(&node).await;
         });
         runtime.shutdown_timeout(Duration::from_secs(10));
