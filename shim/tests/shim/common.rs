@@ -1,9 +1,8 @@
 //! A pod under test: the real shim, spoken to as the daemon does.
 
 use std::collections::VecDeque;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -325,7 +324,12 @@ impl Pod {
         for sub in ["bin", "proc", "dev", "sys", "tmp"] {
             std::fs::create_dir_all(rootfs.join(sub)).unwrap();
         }
-        std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
+        // By a process of its own, as `script_runtime` writes.
+        let copied = Command::new("cp")
+            .arg("/bin/busybox")
+            .arg(rootfs.join("bin/busybox"))
+            .status();
+        assert!(copied.unwrap().success());
         for applet in [
             "sh", "sleep", "cat", "echo", "setsid", "stty", "hostname", "seq", "kill", "ps",
             "head", "tr",
@@ -494,6 +498,16 @@ impl Pod {
             .count()
     }
 
+    /// Of the shim, in KiB. From the page tables (proc_pid_smaps_rollup(5)): the counters of
+    /// proc_pid_status(5) lag behind by some pages for each CPU.
+    pub fn anonymous_memory(&self) -> u64 {
+        let path = format!("/proc/{}/smaps_rollup", self.shim.pid);
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut fields = text.lines().filter_map(|line| line.split_once(':'));
+        let (_, size) = fields.find(|(name, _)| *name == "Anonymous").unwrap();
+        size.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// Everything that bears the pod's name: processes, mounts, cgroups.
     pub fn leftovers(&self) -> Vec<String> {
         let mut found = Vec::new();
@@ -614,7 +628,17 @@ done
 {body}
 "#
     );
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    // By a process of its own: one that another test forks meanwhile would inherit a descriptor for
+    // writing, and executing the file would fail with ETXTBSY.
+    let mut writer = Command::new("sh")
+        .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = writer.stdin.take().unwrap();
+    input.write_all(text.as_bytes()).unwrap();
+    drop(input);
+    assert!(writer.wait().unwrap().success());
     path
 }

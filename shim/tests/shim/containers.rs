@@ -241,13 +241,7 @@ fn a_flood_is_logged_whole_and_memory_stays() {
     assert!(
         tail.len() == 1 && tail[0].starts_with("stderr P 1 2 3 ") && tail[0].ends_with("1000 ")
     );
-    let status = std::fs::read_to_string(format!("/proc/{}/status", pod.shim.pid)).unwrap();
-    let peak = status
-        .lines()
-        .find(|line| line.starts_with("RssAnon"))
-        .unwrap()
-        .to_owned();
-    let peak: u64 = peak.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let peak = pod.anonymous_memory();
     assert!(peak < 1024, "{peak} KiB of anonymous memory");
     pod.shutdown();
 }

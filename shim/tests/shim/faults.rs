@@ -61,7 +61,8 @@ run) setsid sleep 600 & echo $! > "$bundle/helper"; sleep 600 ;;
 delete) echo "$id" >> "$bundle/../deleted" ;;
 esac
 "#;
-    let (_dir, mut pod) = scripted("fake-runc", 500, body);
+    // Enough for it to get to where it hangs.
+    let (_dir, mut pod) = scripted("fake-runc", 5000, body);
     let bundle = script(&pod, "c1", "");
     let error = pod.start(&bundle).unwrap_err();
     assert_eq!(
