@@ -158,7 +158,7 @@ async fn a_flood_of_pings_that_reads_no_answers_is_held_back() {
 #[tokio::test]
 async fn a_request_that_comes_drop_by_drop_is_given_up() {
     let config = Config {
-        request_timeout: Duration::from_millis(500),
+        request_timeout: Duration::from_secs(3),
         ..Config::default()
     };
     let node = start_with(config).await;
@@ -169,7 +169,7 @@ async fn a_request_that_comes_drop_by_drop_is_given_up() {
             if slow.write_all(&[*byte]).await.is_err() {
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
         }
     };
     soon(drip).await;

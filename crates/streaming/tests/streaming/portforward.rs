@@ -215,7 +215,7 @@ async fn clients_that_name_no_request_are_paired_by_stream_ids() {
 #[tokio::test]
 async fn streams_that_are_no_pair_are_refused_or_given_up() {
     let config = Config {
-        creation_timeout: Duration::from_millis(300),
+        creation_timeout: Duration::from_secs(2),
         ..Config::default()
     };
     let node = start_with(config).await;

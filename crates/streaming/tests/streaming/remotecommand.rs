@@ -173,7 +173,7 @@ async fn streams_that_were_not_asked_for_are_refused_or_ignored() {
 #[tokio::test]
 async fn a_client_that_does_not_open_its_streams_is_let_go() {
     let config = Config {
-        creation_timeout: Duration::from_millis(200),
+        creation_timeout: Duration::from_secs(2),
         ..Config::default()
     };
     let node = start_with(config).await;
@@ -255,18 +255,18 @@ async fn an_attached_client_is_connected_both_ways() {
 #[tokio::test]
 async fn a_connection_on_which_nothing_moves_is_closed() {
     let config = Config {
-        idle_timeout: Duration::from_millis(300),
+        idle_timeout: Duration::from_secs(4),
         ..Config::default()
     };
     let node = start_with(config).await;
     let mut client = open(&node.exec(IN_OUT, &["deaf"]), &["error", "stdin", "stdout"]).await;
-    for _ in 0..5 {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
         client.ping(1).await;
     }
     assert_eq!(node.memory.gone.load(SeqCst), 0, "pings keep it open");
     client.finish().await;
-    assert_eq!(client.pongs.len(), 5);
+    assert_eq!(client.pongs.len(), 4);
     until("gone", || node.memory.gone.load(SeqCst) == 1).await;
 }
 
@@ -279,16 +279,10 @@ async fn a_client_that_is_held_back_for_too_long_is_closed() {
     };
     let node = start_with(config).await;
     let mut client = open(&node.exec(IN_OUT, &["deaf"]), &["error", "stdin", "stdout"]).await;
-    let flood = async {
-        loop {
-            client.send(3, &[0; 32 * 1024]).await;
-        }
-    };
-    assert!(
-        tokio::time::timeout(Duration::from_secs(1), flood)
-            .await
-            .is_err()
-    );
+    let frame = data(3, &[0; 32 * 1024], false);
+    // On a slow machine it may be closed before we have done.
+    let flood = async { while client.io().write_all(&frame).await.is_ok() {} };
+    let _ = tokio::time::timeout(Duration::from_secs(1), flood).await;
     until("closed", || node.memory.gone.load(SeqCst) == 1).await;
 }
 
