@@ -11,6 +11,10 @@ use tokio::net::UnixListener;
 /// Listens at `path`. A socket that nobody listens on is what a killed daemon left and is
 /// replaced; anything else in the way is an error.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    listen_within(path, PATIENCE)
+}
+
+fn listen_within(path: &Path, patience: Duration) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
@@ -21,7 +25,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
                 "is there and is no socket",
             ));
         }
-        Ok(_) => remove_stale(path)?,
+        Ok(_) => remove_stale(path, patience)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
@@ -35,8 +39,8 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Removes a socket that nobody listens on.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+fn remove_stale(path: &Path, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
     loop {
         match UnixStream::connect(path) {
             Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
@@ -73,7 +77,7 @@ mod tests {
             std::thread::sleep(PATIENCE / 10);
             drop(first);
         });
-        let again = listen(&path).unwrap();
+        let again = listen_within(&path, PATIENCE * 20).unwrap();
         late.join().unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o660);

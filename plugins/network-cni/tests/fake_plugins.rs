@@ -40,15 +40,26 @@ impl Node {
 
     /// A plugin; `body` is run with the name of the command in `$CNI_COMMAND`.
     fn plugin(&self, name: &str, body: &str) {
-        use std::os::unix::fs::PermissionsExt;
         let dir = self.temp.path().display();
+        // A command may be asked again while a test reads what it was told before.
         let script = format!(
             "#!/bin/sh\ncd {dir}\necho \"{name} $CNI_COMMAND\" >> calls\n\
-             env > {name}.$CNI_COMMAND.env\ncat > {name}.$CNI_COMMAND.stdin\n{body}\n"
+             env > {name}.$CNI_COMMAND.env\n\
+             cat > $$.told && mv $$.told {name}.$CNI_COMMAND.stdin\n{body}\n"
         );
         let path = self.path("bin").join(name);
-        std::fs::write(&path, script).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        // By a process of its own: one that another test forks meanwhile would inherit a descriptor
+        // for writing, and executing the file would fail with ETXTBSY.
+        let mut writer = std::process::Command::new("sh")
+            .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
+            .arg(&path)
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = writer.stdin.take().unwrap();
+        std::io::Write::write_all(&mut input, script.as_bytes()).unwrap();
+        drop(input);
+        assert!(writer.wait().unwrap().success());
     }
 
     /// A plugin whose ADD answers with `result`.
@@ -305,7 +316,8 @@ async fn a_hung_plugin_is_killed_with_its_group() {
     node.plugin("first", HANGS);
     node.chain("1.0.0", &["first"]);
     let options = Options {
-        timeout: Duration::from_secs(2),
+        // Enough for it to get to where it hangs, and for the DEL.
+        timeout: Duration::from_secs(10),
         ..node.options()
     };
     let cni = Cni::start(options).unwrap();
