@@ -410,6 +410,7 @@ fn cgroups(config: &Config) -> Result<Cgroups> {
     let cgroups = Cgroups {
         driver,
         hierarchy,
+        mounts: Cgroups::mounts(&mounts),
         default_parent,
         shims,
     };

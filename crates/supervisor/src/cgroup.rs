@@ -30,6 +30,8 @@ pub enum Hierarchy {
 pub struct Cgroups {
     pub driver: Driver,
     pub hierarchy: Hierarchy,
+    /// Every mount of a hierarchy: an OCI runtime makes a container's cgroup in all of them.
+    pub mounts: Vec<PathBuf>,
     /// Parent of pods whose request names none.
     pub default_parent: String,
     /// Parent of the shims' cgroups: a path, or a slice with the systemd driver.
@@ -88,6 +90,29 @@ impl Cgroups {
                 "find cgroups",
                 "no cgroup file system is mounted",
             )),
+        }
+    }
+
+    /// Mount points of all hierarchies, from `/proc/self/mounts` text.
+    pub fn mounts(mounts: &str) -> Vec<PathBuf> {
+        let fields = mounts.lines().map(|line| line.split(' ').skip(1));
+        fields
+            .filter_map(|mut fields| Some((fields.next()?, fields.next()?)))
+            .filter(|(_, kind)| matches!(*kind, "cgroup" | "cgroup2"))
+            .map(|(dir, _)| PathBuf::from(dir))
+            .collect()
+    }
+
+    /// A container's cgroup in every hierarchy, from its [`Place::dir`].
+    pub fn everywhere(&self, dir: &Path) -> Vec<PathBuf> {
+        let (Hierarchy::V2(base) | Hierarchy::V1 { memory: base, .. }) = &self.hierarchy;
+        match dir.strip_prefix(base) {
+            // Nothing is below a mount itself but what is everybody's.
+            Ok(relative) if relative.components().next().is_some() => {
+                let dirs = self.mounts.iter().map(|mount| mount.join(relative));
+                dirs.collect()
+            }
+            Ok(_) | Err(_) => Vec::new(),
         }
     }
 
@@ -270,6 +295,7 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         Cgroups {
             driver,
             hierarchy: Cgroups::detect_hierarchy(mounts).unwrap(),
+            mounts: Cgroups::mounts(mounts),
             default_parent: "/gantry".into(),
             shims: match driver {
                 Driver::Cgroupfs => "/gantry-shims".into(),
@@ -283,6 +309,23 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         assert!(!cgroups(Driver::Cgroupfs, HYBRID).is_v2());
         assert!(cgroups(Driver::Cgroupfs, UNIFIED).is_v2());
         assert!(Cgroups::detect_hierarchy("proc /proc proc rw 0 0\n").is_err());
+    }
+
+    #[test]
+    fn a_container_is_in_every_hierarchy() {
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        let mut dirs = v1.everywhere(Path::new("/sys/fs/cgroup/memory/gantry/c"));
+        dirs.sort();
+        let expected = ["cpu,cpuacct", "freezer", "memory", "pids", "unified"]
+            .map(|mount| Path::new("/sys/fs/cgroup").join(mount).join("gantry/c"));
+        assert_eq!(dirs, expected);
+        let v2 = cgroups(Driver::Cgroupfs, UNIFIED);
+        let dir = Path::new("/sys/fs/cgroup/gantry/c");
+        assert_eq!(v2.everywhere(dir), [dir]);
+        // What is not below the mount, as of a record of another machine, is nothing to touch.
+        for dir in ["", "/sys/fs/cgroup", "/sys/fs/cgroup/", "/elsewhere/c"] {
+            assert!(v2.everywhere(Path::new(dir)).is_empty(), "{dir}");
+        }
     }
 
     #[test]

@@ -329,7 +329,18 @@ impl Life {
         if leaks.is_empty() {
             return Ok(());
         }
-        let text = format!("left behind: {}", leaks.join("\n"));
+        let told = self.told_of(&leaks);
+        let text = format!("left behind: {}\n{told}", leaks.join("\n"));
         Err(self.shared.history.fault("the node", text))
+    }
+
+    /// What the daemon's log has of the containers and pods that these lines name.
+    fn told_of(&self, lines: &[String]) -> String {
+        let is_id = |part: &&str| part.len() == 64 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        let parts = lines.iter().flat_map(|line| line.split(['/', '-', ' ']));
+        let ids: std::collections::BTreeSet<&str> = parts.filter(is_id).collect();
+        let log = self.daemon.log();
+        let about = |line: &&str| ids.iter().any(|id| line.contains(id));
+        log.lines().filter(about).collect::<Vec<_>>().join("\n")
     }
 }

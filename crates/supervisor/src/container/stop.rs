@@ -18,7 +18,10 @@ use tokio::time::Instant;
 
 use super::Container;
 use crate::clock::now_ns;
-use crate::pod::{Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup, remove_state};
+use crate::pod::{
+    Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup, remove_container_cgroup,
+    remove_state,
+};
 use crate::{Context, Error, failpoint};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -274,6 +277,7 @@ impl Driver {
         let ctx = Arc::clone(&self.ctx);
         let shim = self.shim.clone();
         let handler = self.facts.record.runtime_handler.clone();
+        let cgroup = std::path::PathBuf::from(&container.facts.record.cgroup_dir);
         let key = id.clone();
         let id = id.clone();
         self.effect(
@@ -291,6 +295,7 @@ impl Driver {
                 let state = state.map(|handler| handler.root.join(key.as_str()));
                 blocking(move || {
                     state.as_deref().map_or(Ok(()), remove_state)?;
+                    remove_container_cgroup(&ctx, &cgroup)?;
                     remove_files(&ctx, &key)
                 })
                 .await

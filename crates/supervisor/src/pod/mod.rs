@@ -37,7 +37,7 @@ pub(crate) use requests::{Awaited, Reply, Request};
 pub(crate) use run::{Asked, check, host_network, hostname, selinux_options};
 pub(crate) use teardown::{
     delete_from_runtime, end_holder, end_runtime_calls, end_shim, kill, kill_cgroup,
-    release_network, remove_state, sweep,
+    release_network, remove_container_cgroup, remove_state, sweep,
 };
 
 /// Messages that may wait in a driver's mailbox before senders are made to wait.

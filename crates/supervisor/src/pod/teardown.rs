@@ -284,34 +284,56 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
     }
 }
 
+/// Kills what is in a container's cgroup and removes it from every hierarchy. An OCI runtime that
+/// is killed before it has written down that it made one leaves it, and its `delete` then knows of
+/// none.
+pub(crate) fn remove_container_cgroup(ctx: &Context, dir: &Path) -> Result<(), Error> {
+    for dir in ctx.settings.cgroups.everywhere(dir) {
+        kill_cgroup(&dir, ctx.settings.timeouts.kill)?;
+        for dir in subtree(&dir)?.iter().rev() {
+            remove_cgroup(dir)?;
+        }
+    }
+    Ok(())
+}
+
 /// Processes of a cgroup and of those below it: with cgroup v2 a container that manages cgroups
 /// of its own has all its processes in those.
 fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
-    let failed = |path: &Path, error: &std::io::Error| Error::io("read cgroup", path, error);
     let mut pids = Vec::new();
-    let mut dirs = vec![dir.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        let path: PathBuf = dir.join("cgroup.procs");
+    for dir in subtree(dir)? {
+        let path = dir.join("cgroup.procs");
         match std::fs::read_to_string(&path) {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
-            Err(error) if vanished(&error) => continue,
-            Err(error) => return Err(failed(&path, &error)),
+            Err(error) if vanished(&error) => {}
+            Err(error) => return Err(Error::io("read cgroup", &path, &error)),
         }
+    }
+    Ok(pids)
+}
+
+/// A cgroup and those below it, each after the one that it is in; without those that vanish.
+fn subtree(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut found = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        let failed = |error: std::io::Error| Error::io("read cgroup", &dir, &error);
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => entries,
             Err(error) if vanished(&error) => continue,
-            Err(error) => return Err(failed(&dir, &error)),
+            Err(error) => return Err(failed(error)),
         };
         for entry in entries {
             match entry.and_then(|entry| Ok((entry.file_type()?, entry.path()))) {
                 Ok((kind, path)) if kind.is_dir() => dirs.push(path),
                 Ok(_) => {}
                 Err(error) if vanished(&error) => {}
-                Err(error) => return Err(failed(&dir, &error)),
+                Err(error) => return Err(failed(error)),
             }
         }
+        found.push(dir);
     }
-    Ok(pids)
+    Ok(found)
 }
 
 /// A cgroup that is removed while it is looked at is ENOENT or, once opened, ENODEV.

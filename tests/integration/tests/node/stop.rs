@@ -335,6 +335,40 @@ fn what_a_killed_runtime_left_mounted_goes_with_its_container() {
     );
 }
 
+/// An OCI runtime that is killed before it has written its state leaves the cgroup that it made, and
+/// knows of none when it is told to delete.
+#[test]
+fn a_cgroup_that_a_killed_runtime_left_goes_with_its_container() {
+    on_plain_node(
+        "a_cgroup_that_a_killed_runtime_left_goes_with_its_container",
+        async |node| {
+            let image = node.busybox().await;
+            let pod = node.host_pod("left").await;
+            let id = node.run(&pod, &sleeper("c", &image)).await;
+            let places = node.daemon.places().clone();
+            let of_container = || {
+                let mut dirs = places.cgroups();
+                dirs.retain(|dir| dir.ends_with(&id));
+                dirs
+            };
+            let made = of_container();
+            assert!(!made.is_empty());
+            node.client.stop(&id, 0).await.unwrap();
+            for dir in &made {
+                std::fs::create_dir_all(dir.join("below")).unwrap();
+            }
+            let mut left = std::process::Command::new("sleep")
+                .arg("1000")
+                .spawn()
+                .unwrap();
+            std::fs::write(made[0].join("cgroup.procs"), left.id().to_string()).unwrap();
+            node.client.remove(&id).await.unwrap();
+            assert_eq!(of_container(), [""; 0].map(std::path::PathBuf::from));
+            left.wait().unwrap();
+        },
+    );
+}
+
 /// Processes that fork and end faster than anybody lists them, in a container whose end the kernel
 /// does not make theirs.
 #[test]
