@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
 use crate::progress::Progress;
+use crate::{BAD, MESSAGE_LIMIT, status};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
@@ -93,12 +94,6 @@ pub enum Command {
 
 /// Bytes of an archive a message.
 const CHUNK: usize = 256 << 10;
-
-/// What a listing may take: thousands of images.
-const MESSAGE_LIMIT: usize = 64 << 20;
-
-/// What `image verify` exits with when something is bad: not the 1 of what could not be done.
-const BAD: u8 = 2;
 
 pub async fn run(command: Command, channel: Channel) -> Result<ExitCode> {
     match command {
@@ -416,9 +411,4 @@ async fn list(channel: Channel, quiet: bool) -> Result<()> {
 /// `sha256:` and twelve digits.
 fn short(id: &str) -> &str {
     id.get(..19).unwrap_or(id)
-}
-
-/// The daemon's message is the error; its code adds nothing for people.
-fn status(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
 }

@@ -1,5 +1,6 @@
 //! gantryctl: what crictl cannot do.
 
+mod check;
 mod image;
 mod progress;
 
@@ -32,6 +33,26 @@ enum Command {
     /// Images: in and out, what they are, and whether they still are
     #[command(subcommand)]
     Image(image::Command),
+    /// List every process, mount, network namespace, address, cgroup, directory and snapshot with
+    /// what it belongs to; exits with 2 if something belongs to nothing (`-`) and is still there
+    ///
+    /// Layers and blobs of images are listed by `image gc --dry-run`.
+    Check {
+        /// Remove what belongs to nothing; pods may run meanwhile
+        #[arg(long)]
+        repair: bool,
+    },
+}
+
+/// What a listing may take: thousands of images, or pods.
+const MESSAGE_LIMIT: usize = 64 << 20;
+
+/// What is exited with when something is bad: not the 1 of what could not be done.
+const BAD: u8 = 2;
+
+/// The daemon's message is the error; its code adds nothing for people.
+fn status(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message())
 }
 
 fn main() -> ExitCode {
@@ -40,6 +61,7 @@ fn main() -> ExitCode {
         let channel = connect(&args.socket).await?;
         match args.command {
             Command::Image(command) => image::run(command, channel).await,
+            Command::Check { repair } => check::run(channel, repair).await,
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use gantry_admin_api::v1::images_server::ImagesServer;
+use gantry_admin_api::v1::node_server::NodeServer;
 use gantry_cri::{Conditions, Gate, RpcLayer};
 use gantry_cri_api::v1::image_service_server::ImageServiceServer;
 use gantry_cri_api::v1::runtime_service_server::RuntimeServiceServer;
@@ -112,7 +113,8 @@ pub async fn run(config: Config) -> Result<()> {
         )
         .add_service(ImagesServer::new(gantry_cri::Admin::new(
             supervisor.clone(),
-        )));
+        )))
+        .add_service(NodeServer::new(gantry_cri::Node::new(supervisor.clone())));
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = tokio::spawn(async move {

@@ -65,6 +65,15 @@ pub struct Attached {
     pub raw: Vec<u8>,
 }
 
+/// An address that plugins have given out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub pod: PodId,
+    pub address: IpAddr,
+    /// Who else it may be of; `None`: pods of this node alone use the network.
+    pub other: Option<String>,
+}
+
 /// Why pods cannot be given a network now, in CRI's terms (`NetworkReady` condition).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotReady {
@@ -92,6 +101,10 @@ pub trait Network: Send + Sync + 'static {
     /// Gives everything back; idempotent, also when attach failed midway or never ran.
     /// `raw` is `Attached::raw`, or the intent when there was no result.
     async fn detach(&self, pod: &Attachment, raw: &[u8]) -> Result<(), Error>;
+
+    /// The addresses that plugins have given out, as far as they can be seen from outside. Blocks on
+    /// the disk.
+    fn held(&self) -> Result<Vec<Held>, Error>;
 
     /// Gives back what no pod of `valid` owns: leftovers of teardowns that never ran. `valid` must
     /// hold every pod for which an intent is recorded, those in flight included. Configurations

@@ -38,6 +38,15 @@ pub struct Cgroups {
     pub shims: String,
 }
 
+/// What the name of a cgroup of ours says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OwnCgroup {
+    /// Of a container, or of the holder of a pod.
+    Object(ContainerId),
+    /// Of the shim of the pod whose id begins so.
+    Shim(String),
+}
+
 /// Where one container's cgroup is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -113,6 +122,33 @@ impl Cgroups {
                 dirs.collect()
             }
             Ok(_) | Err(_) => Vec::new(),
+        }
+    }
+
+    /// The parent of pods that name none, and that of shims, below the mount point of a hierarchy.
+    pub fn own_parents(&self) -> Result<[PathBuf; 2], Error> {
+        let path = |parent: &str| match self.driver {
+            Driver::Cgroupfs => Ok(PathBuf::from(parent.trim_matches('/'))),
+            Driver::Systemd => slice_path(last(parent)),
+        };
+        Ok([path(&self.default_parent)?, path(&self.shims)?])
+    }
+
+    /// What a cgroup's name says; `None` for one that is not of ours.
+    pub fn own(&self, name: &str) -> Option<OwnCgroup> {
+        let name = match self.driver {
+            Driver::Cgroupfs => name,
+            Driver::Systemd => {
+                let name = name.strip_prefix(SCOPE_PREFIX)?.strip_prefix('-')?;
+                let name = name.strip_suffix(".scope")?;
+                name.strip_prefix("shim-").unwrap_or(name)
+            }
+        };
+        // What is half an id is one when it is there twice.
+        match (name.parse(), name.repeat(2).parse::<PodId>()) {
+            (Ok(id), _) => Some(OwnCgroup::Object(id)),
+            (Err(_), Ok(_)) => Some(OwnCgroup::Shim(name.to_owned())),
+            (Err(_), Err(_)) => None,
         }
     }
 
@@ -379,6 +415,40 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
             v2.slice("/kubepods.slice/kubepods-podx.slice"),
             "kubepods-podx.slice"
         );
+    }
+
+    #[test]
+    fn names_of_our_cgroups_are_told_from_others() {
+        let (pod, id) = (
+            PodId::from_random([2; 32]),
+            ContainerId::from_random([1; 32]),
+        );
+        let half = Some(OwnCgroup::Shim(shim_name(&pod).to_owned()));
+        let object = Some(OwnCgroup::Object(id.clone()));
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        assert_eq!(
+            (v1.own(id.as_str()), v1.own(shim_name(&pod))),
+            (object.clone(), half.clone())
+        );
+        let v2 = cgroups(Driver::Systemd, UNIFIED);
+        assert_eq!(
+            (v2.own(&scope(id.as_str())), v2.own(&shim_scope(&pod))),
+            (object, half)
+        );
+        for other in ["", "pod1", "system.slice", "gantry-shims.slice", "0123"] {
+            assert_eq!((v1.own(other), v2.own(other)), (None, None), "{other}");
+        }
+        assert_eq!(v2.own(id.as_str()), None);
+        assert_eq!(
+            v1.own_parents().unwrap(),
+            ["gantry", "gantry-shims"].map(PathBuf::from)
+        );
+        let slices = ["gantry.slice", "gantry.slice/gantry-shims.slice"].map(PathBuf::from);
+        let v2 = Cgroups {
+            default_parent: "gantry.slice".into(),
+            ..v2
+        };
+        assert_eq!(v2.own_parents().unwrap(), slices);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! [`Supervisor`] is the way in. Requests that change something go to the pod's driver
 //! (`pod`); reads come from what the drivers publish ([`registry`]) and wait for nobody.
 
+mod audit;
 mod cgroup;
 mod clock;
 mod container;
@@ -12,6 +13,7 @@ mod forward;
 pub mod host;
 mod image_mounts;
 mod mountinfo;
+mod neighbours;
 mod pod;
 mod records;
 mod recover;
@@ -36,6 +38,7 @@ use prost::Message;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{Semaphore, mpsc};
 
+pub use audit::{Thing, ThingKind};
 pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
 pub use clock::now_ns;
 pub use container::{
@@ -72,6 +75,8 @@ pub(crate) struct Context {
     pub image_mounts: ImageMounts,
     /// One permit for each connection into a pod.
     pub forwards: Arc<Semaphore>,
+    /// One look at what there is outside of the records at a time.
+    pub auditing: tokio::sync::Mutex<()>,
 }
 
 /// Which streams of a process a client wants.
@@ -215,6 +220,9 @@ impl Supervisor {
         let dirs = RunDirs::new(&settings.state, &settings.netns_dir);
         dirs.make()
             .map_err(|error| Error::io("make run directories", &settings.state, &error))?;
+        if let Err(error) = neighbours::announce(&settings.state) {
+            tracing::error!(%error, "other gantryds on this machine do not know of this one");
+        }
         let records = Records { store, dirs };
         let registry = Registry::default();
         let unreadable = AtomicBool::new(false);
@@ -229,6 +237,7 @@ impl Supervisor {
             unreadable,
             image_mounts: ImageMounts::default(),
             forwards: Arc::new(Semaphore::new(forward::MAX_FORWARDS)),
+            auditing: tokio::sync::Mutex::default(),
         };
         Ok(Self { ctx: Arc::new(ctx) })
     }
@@ -330,6 +339,16 @@ impl Supervisor {
             }
         }
         holders
+    }
+
+    /// Everything that there is outside of the records, with its owner. With `repair` what belongs
+    /// to nobody is removed, also when the caller goes away meanwhile.
+    pub async fn check(&self, repair: bool) -> Result<Vec<Thing>, Error> {
+        let ctx = Arc::clone(&self.ctx);
+        let checked = tokio::spawn(async move { audit::check(&ctx, repair).await });
+        checked
+            .await
+            .unwrap_or_else(|panic| Err(Error::internal("check", panic)))
     }
 
     /// Takes away layers and blobs that nothing refers to.

@@ -18,6 +18,7 @@ use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRe
 use prost::Message;
 use tokio::sync::{Semaphore, mpsc};
 
+use crate::audit::known::Known;
 use crate::container::{
     Container, half_made, lost_exit, read_exit, remove_files, unknown_exit, unmount,
 };
@@ -27,7 +28,7 @@ use crate::pod::{
 };
 use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
 use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
-use crate::rundir::{self, RunDirs, RunRecord, names, read_record};
+use crate::rundir::{self, RunRecord, names, read_record};
 use crate::shim::Shim;
 use crate::{Context, Error};
 
@@ -667,26 +668,16 @@ async fn recover_container(
     Some(Container::new(facts, status))
 }
 
-/// The store was lost and the run directory's own record with it: the pod may be alive.
-fn damaged_pod(dirs: &RunDirs, id: &PodId) -> bool {
-    rundir::damaged::<record::PodConfig, record::PodStatus>(&dirs.pod(id))
-}
-
-fn damaged_container(dirs: &RunDirs, id: &ContainerId) -> bool {
-    rundir::damaged::<record::ContainerConfig, record::ContainerStatus>(&dirs.container(id))
-}
-
 /// Removes things of ours that no record names: directories, snapshots, network namespaces. Kept
-/// when a record that cannot be read may belong to them.
+/// when a record that cannot be read may belong to them, or another gantryd's.
 fn remove_orphans(ctx: &Context) -> usize {
     let dirs = &ctx.records.dirs;
-    let store = &ctx.records.store;
-    let known_pod = |id: &PodId| {
-        !matches!(store.get::<record::PodConfig>(id.as_str()), Ok(None)) || damaged_pod(dirs, id)
-    };
-    let known_container = |id: &ContainerId| {
-        !matches!(store.get::<record::ContainerConfig>(id.as_str()), Ok(None))
-            || damaged_container(dirs, id)
+    let known = match Known::new(ctx) {
+        Ok(known) => known,
+        Err(error) => {
+            tracing::error!(%error, "what no record names stays");
+            return 0;
+        }
     };
     let mut removed = 0;
     let mut note = |what: &str, name: &str, outcome: Result<(), String>| match outcome {
@@ -700,7 +691,7 @@ fn remove_orphans(ctx: &Context) -> usize {
         let Ok(id) = name.parse::<ContainerId>() else {
             continue;
         };
-        if !known_container(&id) {
+        if known.container(&id).is_none() {
             let outcome = unmount(ctx, &id)
                 .and_then(|()| rundir::remove_dir(&dirs.container(&id)))
                 .map_err(|error| error.to_string());
@@ -710,7 +701,7 @@ fn remove_orphans(ctx: &Context) -> usize {
     for snapshotter in ctx.snapshotters.iter() {
         match snapshotter.snapshots() {
             Ok(snapshots) => {
-                for id in snapshots.iter().filter(|id| !known_container(id)) {
+                for id in snapshots.iter().filter(|id| known.container(id).is_none()) {
                     let outcome = snapshotter.remove(id).map_err(|error| error.to_string());
                     note("snapshot", id.as_str(), outcome);
                 }
@@ -722,16 +713,8 @@ fn remove_orphans(ctx: &Context) -> usize {
     let pods = pods.iter().filter_map(|name| name.parse::<PodId>().ok());
     let pinned = dirs.pinned_netns().unwrap_or_default();
     for id in pods.chain(pinned) {
-        if !known_pod(&id) {
-            let facts = PodFacts {
-                id: id.clone(),
-                config: cri::PodSandboxConfig::default(),
-                record: record::PodConfig {
-                    netns_path: dirs.netns(&id).to_string_lossy().into_owned(),
-                    shim_cgroup_dirs: shim_cgroup_dirs(ctx, &id),
-                    ..Default::default()
-                },
-            };
+        if known.pod(&id).is_none() {
+            let facts = orphan_facts(ctx, &id);
             let outcome = sweep(ctx, &facts)
                 .and_then(|()| rundir::remove_dir(&dirs.pod(&id)))
                 .map_err(|error| error.to_string());
@@ -741,12 +724,20 @@ fn remove_orphans(ctx: &Context) -> usize {
     removed
 }
 
-/// The shim's cgroup of a pod without a record. The holder's is not known: its parent was in the
+/// What can be told of a pod without a record. The holder's cgroup cannot: its parent was in the
 /// request.
-fn shim_cgroup_dirs(ctx: &Context, id: &PodId) -> Vec<String> {
-    let dirs = ctx.settings.cgroups.shim(id).unwrap_or_default();
-    let text = |dir: &std::path::PathBuf| dir.to_string_lossy().into_owned();
-    dirs.iter().map(text).collect()
+pub(crate) fn orphan_facts(ctx: &Context, id: &PodId) -> PodFacts {
+    let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
+    let shim_cgroup_dirs = ctx.settings.cgroups.shim(id).unwrap_or_default();
+    PodFacts {
+        id: id.clone(),
+        config: cri::PodSandboxConfig::default(),
+        record: record::PodConfig {
+            netns_path: text(&ctx.records.dirs.netns(id)),
+            shim_cgroup_dirs: shim_cgroup_dirs.iter().map(|dir| text(dir)).collect(),
+            ..Default::default()
+        },
+    }
 }
 
 #[cfg(test)]

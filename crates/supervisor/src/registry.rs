@@ -1,7 +1,7 @@
 //! What readers see: immutable views that the drivers publish. Status and List answer from here
 //! and never wait for a driver, a shim or a disk.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -107,6 +107,8 @@ pub struct Reserved {
 struct Maps {
     pods: BTreeMap<PodId, Entry>,
     containers: BTreeMap<ContainerId, PodId>,
+    /// Those that drivers have, also half made: nothing of a container is there without.
+    held: HashSet<ContainerId>,
     names: HashMap<PodName, Reserved>,
 }
 
@@ -214,6 +216,34 @@ impl Registry {
 
     pub(crate) fn mailbox(&self, id: &PodId) -> Option<mpsc::Sender<Msg>> {
         self.read().pods.get(id).map(|entry| entry.mailbox.clone())
+    }
+
+    /// Whether there is a driver for the pod: from before anything is made of it until nothing is
+    /// left.
+    pub(crate) fn has_pod(&self, id: &PodId) -> bool {
+        self.read().pods.contains_key(id)
+    }
+
+    /// As [`Registry::has_pod`], for the pod whose id begins so.
+    pub(crate) fn pod_beginning(&self, prefix: &str) -> Option<PodId> {
+        let maps = self.read();
+        let (id, _) = from(&maps.pods, prefix).next()?;
+        id.as_str().starts_with(prefix).then(|| id.clone())
+    }
+
+    /// As [`Registry::has_pod`], for a container.
+    pub(crate) fn has_container(&self, id: &ContainerId) -> bool {
+        self.read().held.contains(id)
+    }
+
+    /// A driver has a container, before anything is made of it.
+    pub(crate) fn hold(&self, id: ContainerId) {
+        self.write().held.insert(id);
+    }
+
+    /// Nothing is left of a container.
+    pub(crate) fn let_go(&self, id: &ContainerId) {
+        self.write().held.remove(id);
     }
 
     /// Every pod that is complete enough to be listed.

@@ -41,6 +41,10 @@ impl RunDirs {
         }
     }
 
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
     pub fn pods(&self) -> PathBuf {
         self.state.join("pods")
     }
@@ -259,6 +263,11 @@ pub fn damaged<C: RunRecord, S: RunRecord>(dir: &Path) -> bool {
     let unreadable = |file: &str, readable: bool| dir.join(file).exists() && !readable;
     unreadable(C::FILE, read_record::<C>(dir).is_some())
         || unreadable(S::FILE, read_record::<S>(dir).is_some())
+}
+
+/// Whether a run directory holds what a start makes an object of, or may hold it.
+pub fn recoverable<C: RunRecord, S: RunRecord>(dir: &Path) -> bool {
+    damaged::<C, S>(dir) || dir.join(C::FILE).exists() && dir.join(S::FILE).exists()
 }
 
 /// Writes a file by temp file and rename.

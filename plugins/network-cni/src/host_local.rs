@@ -15,6 +15,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use gantry_ports::network::Held;
+use gantry_types::PodId;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
@@ -23,6 +25,8 @@ use crate::config::Network;
 
 const NAME: &str = "host-local";
 const DATA_DIR: &str = "/var/lib/cni/networks";
+/// Where runtimes that use libcni, all but this one, note the attachments that they have made.
+pub const CACHE_DIR: &str = "/var/lib/cni/results";
 /// Held by host-local while it makes and removes files.
 const LOCK: &str = "lock";
 
@@ -61,6 +65,54 @@ pub fn settle(network: &Network) -> Result<(), (PathBuf, io::Error)> {
         }
     }
     Ok(())
+}
+
+/// The addresses that host-local has given to whoever has an id like a pod's. `cache` is
+/// [`CACHE_DIR`]. Blocks on the disk.
+pub fn held(network: &Network, cache: &Path) -> io::Result<Vec<Held>> {
+    let mut all = Vec::new();
+    for dir in directories(network) {
+        let entries = match fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let Ok(address) = entry.file_name().to_string_lossy().parse::<IpAddr>() else {
+                continue;
+            };
+            let mut content = String::new();
+            // Given back since, or no text.
+            if File::open(entry.path())
+                .and_then(|file| file.take(4096).read_to_string(&mut content))
+                .is_err()
+            {
+                continue;
+            }
+            let mut lines = content.lines();
+            let Some(Ok(pod)) = lines.next().map(str::parse::<PodId>) else {
+                continue;
+            };
+            let interface = lines.next().unwrap_or_default();
+            let note = format!("{}-{pod}-{interface}", network.name);
+            let other = if network.disable_gc {
+                Some(format!(
+                    "network {}, which is shared (disableGC)",
+                    network.name
+                ))
+            } else if cache.join(note).exists() {
+                Some("another container runtime".to_owned())
+            } else {
+                None
+            };
+            all.push(Held {
+                pod,
+                address,
+                other,
+            });
+        }
+    }
+    Ok(all)
 }
 
 /// Where host-local has the addresses of a network: where its configuration says, and where it has
@@ -176,6 +228,49 @@ mod tests {
         fs::write(dir.join("10.0.0.4"), "").unwrap();
         assert_eq!(mended.mend(&network), Ok(()));
         assert_eq!(names(&dir).len(), 4);
+    }
+
+    #[test]
+    fn addresses_are_told_with_the_pods_that_have_them() {
+        let temp = tempfile::tempdir().unwrap();
+        let (mut network, dir) = (network(temp.path()), temp.path().join("test"));
+        let cache = temp.path().join("results");
+        assert!(held(&network, &cache).unwrap().is_empty());
+        let id = |n: u8| PodId::from_random([n; 32]);
+        fs::create_dir(&dir).unwrap();
+        fs::create_dir(&cache).unwrap();
+        for (name, content) in [
+            ("10.0.0.2", format!("{}\r\neth0", id(1))),
+            ("fd00::7", id(2).to_string()),
+            ("10.0.0.3", format!("{}\r\neth0", id(3))),
+            // Not given to a pod, and no address.
+            ("10.0.0.9", "reserved by hand".to_owned()),
+            ("10.0.0.8", String::new()),
+            ("last_reserved_ip.0", "10.0.0.3".to_owned()),
+        ] {
+            fs::write(dir.join(name), content).unwrap();
+        }
+        fs::write(cache.join(format!("test-{}-eth0", id(3))), "{}").unwrap();
+        let all = |network: &Network| {
+            let mut all = held(network, &cache).unwrap();
+            all.sort_by_key(|held| held.address);
+            let all = all.into_iter();
+            all.map(|held| (held.address.to_string(), held.pod, held.other.is_some()))
+                .collect::<Vec<_>>()
+        };
+        let own = |address: &str, n, other| (address.to_owned(), id(n), other);
+        let [a, b, c] = [("10.0.0.2", 1), ("10.0.0.3", 3), ("fd00::7", 2)];
+        let expected = [
+            own(a.0, a.1, false),
+            own(b.0, b.1, true),
+            own(c.0, c.1, false),
+        ];
+        assert_eq!(all(&network), expected);
+        network.disable_gc = true;
+        assert_eq!(
+            all(&network),
+            [a, b, c].map(|(address, n)| own(address, n, true))
+        );
     }
 
     #[test]

@@ -21,13 +21,13 @@ mod quantity;
 mod result;
 mod version;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use gantry_ports::Network;
-use gantry_ports::network::{Attached, Attachment, NotReady};
+use gantry_ports::network::{Attached, Attachment, Held, NotReady};
 use gantry_types::PodId;
 use serde_json::json;
 use tokio::sync::Notify;
@@ -272,6 +272,14 @@ impl Network for Cni {
             .plugins
             .delete(pod, &Record::parse(raw)?)
             .await?)
+    }
+
+    fn held(&self) -> Result<Vec<Held>, gantry_ports::Error> {
+        match self.shared.network() {
+            Ok(loaded) => host_local::held(&loaded.network, Path::new(host_local::CACHE_DIR))
+                .map_err(|error| gantry_ports::Error::io("list addresses of host-local", error)),
+            Err(_) => Ok(Vec::new()),
+        }
     }
 
     async fn gc(&self, valid: &[PodId]) -> Result<(), gantry_ports::Error> {

@@ -36,8 +36,9 @@ use crate::{Context, Error};
 pub(crate) use requests::{Awaited, Reply, Request};
 pub(crate) use run::{Asked, check, host_network, hostname, selinux_options};
 pub(crate) use teardown::{
-    delete_from_runtime, end_holder, end_runtime_calls, end_shim, kill, kill_cgroup,
-    release_network, remove_container_cgroup, remove_state, sweep,
+    cgroup_pids, delete_from_runtime, end_cgroup, end_holder, end_runtime_calls, end_shim, is_netns,
+    kill, kill_cgroup, release_network, remove_container_cgroup, remove_state, sweep, unmount, unpin,
+    wait_gone,
 };
 
 /// Messages that may wait in a driver's mailbox before senders are made to wait.
@@ -389,10 +390,12 @@ impl Driver {
             self.container_names
                 .insert((metadata.name.clone(), metadata.attempt), facts.id.clone());
         }
+        self.ctx.registry.hold(facts.id.clone());
         self.containers.insert(facts.id.clone(), container);
     }
 
     pub(crate) fn drop_container(&mut self, id: &ContainerId) {
+        self.ctx.registry.let_go(id);
         if let Some(container) = self.containers.remove(id) {
             for request in container.queue {
                 requests::refuse(request, requests::not_found(id));

@@ -35,7 +35,7 @@ pub(crate) async fn release_network(
 }
 
 /// Whether a namespace is mounted at `path`: an empty file is what a half-done pin leaves.
-fn is_netns(path: &Path) -> bool {
+pub(crate) fn is_netns(path: &Path) -> bool {
     use nix::sys::statfs::{NSFS_MAGIC, statfs};
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
@@ -168,7 +168,7 @@ pub(crate) fn kill(process: ProcessRef) -> std::io::Result<()> {
 }
 
 /// Waits until a process has ended; false when it has not.
-pub(super) async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
+pub(crate) async fn wait_gone(process: ProcessRef, limit: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + limit;
     let mut pause = Duration::from_micros(200);
     while gantry_sys::process::alive(process) {
@@ -213,7 +213,7 @@ pub(crate) fn sweep(ctx: &Context, facts: &PodFacts) -> Result<(), Error> {
 }
 
 /// Unmounts a pinned namespace and removes its file.
-fn unpin(path: &Path) -> Result<(), Error> {
+pub(crate) fn unpin(path: &Path) -> Result<(), Error> {
     unmount(path)?;
     match std::fs::remove_file(path) {
         Ok(()) => Ok(()),
@@ -224,7 +224,7 @@ fn unpin(path: &Path) -> Result<(), Error> {
 
 /// Unmounts; not mounted or not there is success. Lazily: a process elsewhere that still holds a
 /// file must not keep the pod from ending.
-fn unmount(path: &Path) -> Result<(), Error> {
+pub(crate) fn unmount(path: &Path) -> Result<(), Error> {
     use nix::errno::Errno;
     match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
@@ -275,9 +275,13 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
                 Ok(()) | Err(_) => {}
             }
         } else {
-            for pid in pids {
+            // Pinned, and then listed again: a number may have passed to a stranger in between.
+            let pinned = pids.into_iter().map(|pid| (pid, PidFd::open(pid)));
+            let pinned: Vec<_> = pinned.collect();
+            let still = cgroup_pids(dir)?;
+            for (_, process) in pinned.into_iter().filter(|(pid, _)| still.contains(pid)) {
                 // Gone between the listing and now is what we want.
-                let _ = PidFd::open(pid).and_then(|process| process.signal(SIGKILL));
+                let _ = process.and_then(|process| process.signal(SIGKILL));
             }
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -288,18 +292,21 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
 /// is killed before it has written down that it made one leaves it, and its `delete` then knows of
 /// none.
 pub(crate) fn remove_container_cgroup(ctx: &Context, dir: &Path) -> Result<(), Error> {
-    for dir in ctx.settings.cgroups.everywhere(dir) {
-        kill_cgroup(&dir, ctx.settings.timeouts.kill)?;
-        for dir in subtree(&dir)?.iter().rev() {
-            remove_cgroup(dir)?;
-        }
-    }
-    Ok(())
+    let dirs = ctx.settings.cgroups.everywhere(dir);
+    let limit = ctx.settings.timeouts.kill;
+    dirs.iter().try_for_each(|dir| end_cgroup(dir, limit))
+}
+
+/// Kills what is in a cgroup and removes it, with those below it.
+pub(crate) fn end_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
+    kill_cgroup(dir, limit)?;
+    let dirs = subtree(dir)?;
+    dirs.iter().rev().try_for_each(|dir| remove_cgroup(dir))
 }
 
 /// Processes of a cgroup and of those below it: with cgroup v2 a container that manages cgroups
 /// of its own has all its processes in those.
-fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
+pub(crate) fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
     let mut pids = Vec::new();
     for dir in subtree(dir)? {
         let path = dir.join("cgroup.procs");
@@ -354,6 +361,8 @@ pub(crate) async fn delete_from_runtime(
     };
     let (id, limit) = (id.clone(), ctx.settings.timeouts.runtime);
     let bundle = ctx.records.dirs.container(&id);
+    let is_there = std::fs::symlink_metadata(&bundle).is_ok_and(|bundle| bundle.is_dir());
+    let bundle = is_there.then_some(bundle);
     let systemd = ctx.settings.cgroups.driver == crate::cgroup::Driver::Systemd;
     blocking(move || {
         let state = handler.root.join(id.as_str());
@@ -365,7 +374,8 @@ pub(crate) async fn delete_from_runtime(
             systemd_cgroup: systemd,
             ..gantry_runtime::Runtime::new(&handler.binary)
         };
-        let log = bundle.join("delete.log");
+        // What is left of a container may be the runtime's state alone.
+        let log = bundle.as_ref().unwrap_or(&state).join("delete.log");
         let call = runtime.delete(id.as_str(), true, &log);
         let step = Error::step("delete from runtime");
         let output = gantry_runtime::probe::run_to_completion(&call, limit).map_err(step)?;

@@ -5,6 +5,7 @@
 mod adopted;
 mod advisories;
 mod chaos;
+mod check;
 mod containers;
 mod crossing;
 mod devices;
