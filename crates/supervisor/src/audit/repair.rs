@@ -13,7 +13,8 @@ use super::Place;
 use super::cgroups::dirs;
 use crate::cgroup::OwnCgroup;
 use crate::pod::{
-    blocking, delete_from_runtime, end_cgroup, end_shim, is_netns, kill, remove_state, unmount, unpin, wait_gone,
+    blocking, delete_from_runtime, end_cgroup, end_shim, is_netns, kill, remove_state, unmount,
+    unpin, wait_gone,
 };
 use crate::recover::orphan_facts;
 use crate::rundir::remove_dir;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gantry_integration::gantryctl::Gantryctl;
-use gantry_integration::{Fault, Node, Pod, on_plain_node, sleeper};
+use gantry_integration::{Fault, Node, Pod, on_failing_node, on_plain_node, sleeper};
 use gantry_testkit::daemon::{Daemon, Options};
 use gantry_testkit::netns::Netns;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -77,9 +77,11 @@ impl Check {
     }
 }
 
-/// An id that no object has: a digit, all over.
-fn id(digit: char) -> String {
-    digit.to_string().repeat(64)
+/// An id that no object has, nor another test: what one daemon has is none of the next one's.
+fn id(daemon: &Daemon, digit: char) -> String {
+    let cgroup = &daemon.places().cgroup;
+    let own = cgroup[cgroup.len() - 8..].repeat(8);
+    format!("{digit}{}", &own[1..])
 }
 
 /// Two pods: one with a network of its own and a container, one in the host's.
@@ -261,24 +263,24 @@ impl Planted {
         let mut sleeper = Command::new("sleep");
         let sleeper = sleeper.arg("1000").spawn().unwrap();
         for root in places.cgroup_roots() {
-            let dir = root.join(id('1')).join("below");
+            let dir = root.join(id(daemon, '1')).join("below");
             fs::create_dir_all(&dir).unwrap();
             // A hierarchy whose controller must be set up first takes none.
             let _ = fs::write(dir.join("cgroup.procs"), sleeper.id().to_string());
-            fs::create_dir_all(root.join(id('2'))).unwrap();
-            fs::create_dir_all(root.join("shims").join(&id('3')[..32])).unwrap();
+            fs::create_dir_all(root.join(id(daemon, '2'))).unwrap();
+            fs::create_dir_all(root.join("shims").join(&id(daemon, '3')[..32])).unwrap();
         }
         add("process", &format!("{} sleep", sleeper.id()));
-        add("cgroup", &format!("/{}/{}", places.cgroup, id('1')));
-        add("cgroup", &format!("/{}/{}", places.cgroup, id('2')));
+        add("cgroup", &format!("/{}/{}", places.cgroup, id(daemon, '1')));
+        add("cgroup", &format!("/{}/{}", places.cgroup, id(daemon, '2')));
         add(
             "cgroup",
-            &format!("/{}/shims/{}", places.cgroup, &id('3')[..32]),
+            &format!("/{}/shims/{}", places.cgroup, &id(daemon, '3')[..32]),
         );
 
         let (program, dir) = (
             daemon.path("gantry-shim"),
-            places.state.join("pods").join(id('b')),
+            places.state.join("pods").join(id(daemon, 'b')),
         );
         fs::copy("/bin/sleep", &program).unwrap();
         fs::create_dir(&dir).unwrap();
@@ -288,7 +290,7 @@ impl Planted {
         fs::remove_dir_all(&dir).unwrap();
         add("process", &format!("{} gantry-shim", shim.id()));
 
-        let bundle = places.state.join("containers").join(id('4'));
+        let bundle = places.state.join("containers").join(id(daemon, '4'));
         let rootfs = bundle.join("rootfs");
         for _ in 0..2 {
             fs::create_dir_all(&rootfs).unwrap();
@@ -300,15 +302,19 @@ impl Planted {
         add("mount", &text(&rootfs));
         add("mount", &text(&rootfs.join("in")));
 
-        let netns = Netns::make(&places.netns_dir.join(format!("gantry-{}", id('5')))).unwrap();
+        let netns =
+            Netns::make(&places.netns_dir.join(format!("gantry-{}", id(daemon, '5')))).unwrap();
         add("netns", &text(netns.path()));
         let addresses = places.ipam_dir.join("gantry-test");
-        for (pod, address) in [(id('5'), "10.127.0.5"), (id('6'), "10.127.0.6")] {
+        for (pod, address) in [
+            (id(daemon, '5'), "10.127.0.5"),
+            (id(daemon, '6'), "10.127.0.6"),
+        ] {
             fs::write(addresses.join(address), format!("{pod}\r\neth0")).unwrap();
             add("attachment", address);
         }
 
-        let dir = places.state.join("pods").join(id('7'));
+        let dir = places.state.join("pods").join(id(daemon, '7'));
         fs::create_dir(&dir).unwrap();
         fs::write(dir.join("shim.log"), "x").unwrap();
         add("directory", &text(&dir));
@@ -316,7 +322,7 @@ impl Planted {
         fs::create_dir(&outside).unwrap();
         fs::write(outside.join("file"), "x").unwrap();
         for link in ["pods", "containers", "runtime/runc"] {
-            let link = places.state.join(link).join(id('8'));
+            let link = places.state.join(link).join(id(daemon, '8'));
             std::os::unix::fs::symlink(&outside, &link).unwrap();
             let kind = if link.starts_with(places.state.join("runtime")) {
                 "runtime"
@@ -326,7 +332,7 @@ impl Planted {
             add(kind, &text(&link));
         }
 
-        let state = places.state.join("runtime/runc").join(id('9'));
+        let state = places.state.join("runtime/runc").join(id(daemon, '9'));
         fs::create_dir(&state).unwrap();
         fs::write(state.join("x"), "x").unwrap();
         add("runtime", &text(&state));
@@ -334,11 +340,11 @@ impl Planted {
             places
                 .root
                 .join("overlayfs/snapshots")
-                .join(id('a'))
+                .join(id(daemon, 'a'))
                 .join("fs"),
         )
         .unwrap();
-        add("snapshot", &format!("overlayfs {}", id('a')));
+        add("snapshot", &format!("overlayfs {}", id(daemon, 'a')));
         for n in [1, 2] {
             let store = places.root.join(format!("store.damaged-{n}"));
             fs::create_dir(&store).unwrap();
@@ -471,12 +477,16 @@ fn what_cannot_be_removed_is_told_and_holds_up_nothing() {
     on_plain_node(NAME, async |node| {
         let gantryctl = Gantryctl::new(&program, &node.daemon);
         let all = Inhabitants::of(node).await;
-        let places = node.daemon.places();
-        let netns = Netns::make(&places.netns_dir.join(format!("gantry-{}", id('5')))).unwrap();
+        let (daemon, places) = (&node.daemon, node.daemon.places());
+        let netns =
+            Netns::make(&places.netns_dir.join(format!("gantry-{}", id(daemon, '5')))).unwrap();
         let address = places.ipam_dir.join("gantry-test/10.127.0.5");
-        fs::write(&address, format!("{}\r\neth0", id('5'))).unwrap();
-        let unknown = places.state.join("runtime/no-such-handler").join(id('9'));
-        let dir = places.state.join("pods").join(id('7'));
+        fs::write(&address, format!("{}\r\neth0", id(daemon, '5'))).unwrap();
+        let unknown = places
+            .state
+            .join("runtime/no-such-handler")
+            .join(id(daemon, '9'));
+        let dir = places.state.join("pods").join(id(daemon, '7'));
         for dir in [&unknown, &dir] {
             fs::create_dir_all(dir).unwrap();
         }
@@ -538,38 +548,57 @@ async fn churn(node: &Node, name: &str, image: &str) {
     client.remove_pod(&pod).await.unwrap();
 }
 
+/// Four clients make and remove so many pods each, while repair follows repair.
+async fn churn_under_repairs(node: &Node, gantryctl: Gantryctl, pods: usize) {
+    let image = node.busybox().await;
+    let all = Inhabitants::of(node).await;
+    let done = Arc::new(AtomicBool::new(false));
+    let ended = Arc::clone(&done);
+    let checking = std::thread::spawn(move || {
+        let mut checks = 0;
+        while !ended.load(Ordering::Relaxed) {
+            Check::run(&gantryctl, &["--repair"]).assert_clean();
+            checks += 1;
+        }
+        checks
+    });
+    let client = async |client: usize| {
+        for pod in 0..pods {
+            churn(node, &format!("churn-{client}-{pod}"), &image).await;
+        }
+    };
+    tokio::join!(client(0), client(1), client(2), client(3));
+    done.store(true, Ordering::Relaxed);
+    let checks = checking.join().unwrap();
+    println!("{checks} checks beside {} pods", 4 * pods);
+    assert!(checks > 1);
+    all.assert_well(node).await;
+}
+
 #[test]
 fn repairs_hurt_no_pod_that_comes_or_goes() {
     const NAME: &str = "repairs_hurt_no_pod_that_comes_or_goes";
-    const ROUNDS: usize = 8;
     let Some(program) = Gantryctl::find(NAME) else {
         return;
     };
     on_plain_node(NAME, async |node| {
-        let image = node.busybox().await;
-        let all = Inhabitants::of(node).await;
-        let done = Arc::new(AtomicBool::new(false));
         let gantryctl = Gantryctl::new(&program, &node.daemon);
-        let ended = Arc::clone(&done);
-        let checking = std::thread::spawn(move || {
-            let mut checks = 0;
-            while !ended.load(Ordering::Relaxed) {
-                Check::run(&gantryctl, &["--repair"]).assert_clean();
-                checks += 1;
-            }
-            checks
-        });
-        let client = async |n: usize| {
-            for round in 0..ROUNDS {
-                churn(node, &format!("churn-{n}-{round}"), &image).await;
-            }
-        };
-        tokio::join!(client(0), client(1), client(2), client(3));
-        done.store(true, Ordering::Relaxed);
-        let checks = checking.join().unwrap();
-        println!("{checks} checks beside {} pods", 4 * ROUNDS);
-        assert!(checks > 1);
-        all.assert_well(node).await;
+        churn_under_repairs(node, gantryctl, 8).await;
+    });
+}
+
+/// Where nothing but the daemon's memory says whose a thing is: before its record is written, and
+/// after that has gone.
+#[test]
+fn what_has_no_record_yet_is_no_leftover() {
+    const NAME: &str = "what_has_no_record_yet_is_no_leftover";
+    let Some(program) = Gantryctl::find(NAME) else {
+        return;
+    };
+    let slow = "rundir::made=sleep(150);rundir::removed=sleep(150)";
+    on_failing_node(NAME, slow, async |node| {
+        let gantryctl = Gantryctl::new(&program, &node.daemon);
+        churn_under_repairs(node, gantryctl, 1).await;
     });
 }
 
@@ -596,7 +625,7 @@ fn the_things_of_another_gantryd_are_its_own() {
         all.assert_well(node).await;
         let here = Gantryctl::new(&program, &node.daemon);
         let there = Gantryctl::new(&program, &other);
-        let orphan = places.state.join("pods").join(id('7'));
+        let orphan = places.state.join("pods").join(id(&node.daemon, '7'));
         fs::create_dir(&orphan).unwrap();
 
         let check = Check::run(&there, &["--repair"]);
