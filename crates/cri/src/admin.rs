@@ -3,7 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use gantry_admin_api::v1::images_server::Images as Service;
@@ -44,8 +44,7 @@ async fn verify(
     let mut verified = images.verify(name).await?;
     let mut repaired = Vec::new();
     if repair && !verified.faults.is_empty() {
-        let used = supervisor.clone();
-        let in_use = Arc::new(move |snapshotter: &str| used.layers_in_use(snapshotter));
+        let in_use = supervisor.layers_in_use();
         let remains = images.repair(&verified, in_use).await?;
         let before = std::mem::take(&mut verified.faults);
         let id = verified.id.clone();
@@ -284,8 +283,7 @@ impl Service for Admin {
         let holders = self.supervisor.layer_holders();
         let mut items = self.images.audit(holders).await.map_err(status)?;
         if !request.into_inner().dry_run {
-            let used = self.supervisor.clone();
-            let in_use = Arc::new(move |snapshotter: &str| used.layers_in_use(snapshotter));
+            let in_use = self.supervisor.layers_in_use();
             self.images.collect(in_use).await.map_err(status)?;
             // What work that began meanwhile needs has stayed.
             let holders = self.supervisor.layer_holders();

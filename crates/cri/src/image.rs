@@ -1,7 +1,6 @@
 //! ImageService.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use gantry_cri_api::v1 as cri;
 use gantry_cri_api::v1::image_service_server::ImageService;
@@ -136,8 +135,7 @@ impl ImageService for Images {
         request: Request<cri::RemoveImageRequest>,
     ) -> Answer<cri::RemoveImageResponse> {
         let name = name(request.into_inner().image)?;
-        let supervisor = self.supervisor.clone();
-        let in_use = Arc::new(move |snapshotter: &str| supervisor.layers_in_use(snapshotter));
+        let in_use = self.supervisor.layers_in_use();
         self.images().remove(&name, in_use).await.map_err(status)?;
         Ok(Response::new(cri::RemoveImageResponse {}))
     }

@@ -111,7 +111,9 @@ impl Inner {
         // The order closes a gap: a container creation writes its record before it gives up its
         // lease, so that what was leased here, or is recorded after, is seen one way or the other.
         let leased = self.leases.held();
-        let used = in_use.chains(snapshotter.name());
+        let Some(used) = in_use.chains(snapshotter.name()) else {
+            return Ok(());
+        };
         for chain in layers.iter().rev() {
             if referenced.contains(chain) || leased.contains(chain) || used.contains(chain) {
                 continue;

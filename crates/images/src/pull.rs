@@ -206,7 +206,12 @@ async fn make_anew(
             let used = renew.in_use.as_ref().map(|in_use| in_use.chains(name));
             // A container that is being created holds it, and one that was made meanwhile has it.
             let removed = work.leases.unless_held(chain, || {
-                let stays = used.is_some_and(|used| used.contains(chain));
+                let stays = match used {
+                    Some(Some(used)) => used.contains(chain),
+                    // Anybody may stand on it.
+                    Some(None) => true,
+                    None => false,
+                };
                 (!stays)
                     .then(|| snapshotter.remove_layer(chain))
                     .transpose()

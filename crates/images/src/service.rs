@@ -80,14 +80,15 @@ pub struct PullRequest {
 
 /// Tells which layers the snapshots of containers stand on.
 pub trait LayersInUse: Send + Sync {
-    /// Chain ids, of the snapshotter with this name. Asked after the image that is being removed can
-    /// no longer be found.
-    fn chains(&self, snapshotter: &str) -> HashSet<Digest>;
+    /// Chain ids, of the snapshotter with this name; `None` when that is not known, and it may be
+    /// any. Asked after the image that is being removed can no longer be found.
+    fn chains(&self, snapshotter: &str) -> Option<HashSet<Digest>>;
 }
 
+/// Where it is always known.
 impl<F: Fn(&str) -> HashSet<Digest> + Send + Sync> LayersInUse for F {
-    fn chains(&self, snapshotter: &str) -> HashSet<Digest> {
-        self(snapshotter)
+    fn chains(&self, snapshotter: &str) -> Option<HashSet<Digest>> {
+        Some(self(snapshotter))
     }
 }
 
@@ -148,6 +149,9 @@ pub(crate) struct Inner {
     /// and not of the image. They are kept, and tried again; until then nothing is known to be without
     /// an image that needs it.
     unread: Mutex<HashMap<String, ImageRecord>>,
+    /// Keys of records that a newer gantryd wrote. They are never replaced, and may name any blob
+    /// and layer.
+    newer: HashSet<String>,
     usage: Mutex<HashMap<(&'static str, Digest), Usage>>,
     /// Where containers write, if that is not the file system of the layers.
     containers: Option<PathBuf>,
@@ -170,7 +174,7 @@ impl Images {
             let layers = snapshotter.layers()?.into_iter();
             usage.extend(layers.map(|(chain, usage)| ((snapshotter.name(), chain), usage)));
         }
-        let inner = Inner {
+        let mut inner = Inner {
             content: Content::open(&root.join("content"))?,
             pinned: globs(&options.pinned)?,
             client: registry::Client::new(options.registry.clone()),
@@ -188,6 +192,7 @@ impl Images {
             deleting: Arc::default(),
             behind: AtomicBool::new(false),
             unread: Mutex::default(),
+            newer: HashSet::new(),
             usage: Mutex::new(usage),
             containers: own_file_system(snapshotters.first().as_ref())?,
             store,
@@ -520,10 +525,13 @@ impl Inner {
 
     /// The images of records and index that are complete, and whether records and index differ
     /// from them. Records go first: a name that both claim is theirs.
-    fn recover(&self) -> Result<(Catalog, bool)> {
+    fn recover(&mut self) -> Result<(Catalog, bool)> {
         let scan = self.store.scan::<ImageRecord>()?;
-        for (key, error) in &scan.unreadable {
+        for (key, error) in scan.unreadable {
             tracing::error!(%key, %error, "an image record cannot be read: it is kept as it is");
+            if error.is_newer() {
+                self.newer.insert(key);
+            }
         }
         let mut catalog = Catalog::default();
         let mut changed = false;
@@ -566,7 +574,10 @@ impl Inner {
         for id in unread.keys() {
             tracing::warn!(image = %id, "nothing is collected while an image cannot be read");
         }
-        unread.is_empty()
+        for id in &self.newer {
+            tracing::warn!(image = %id, "nothing is collected while there is a newer image record");
+        }
+        unread.is_empty() && self.newer.is_empty()
     }
 
     /// Lists the images that could not be read before and now can.
@@ -746,6 +757,10 @@ impl Inner {
         for image in catalog.images() {
             self.unread().remove(&image.id);
             let record = image.record();
+            if self.newer.contains(&image.id) {
+                // The index says as much as we know of it.
+                continue;
+            }
             if records.get(&image.id) != Some(&record) {
                 self.store.put(&image.id, &record)?;
             }

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 
-use gantry_ports::Snapshotter;
 use gantry_ports::snapshotter::Whiteouts;
+use gantry_ports::{Snapshotter, Snapshotters};
 use gantry_types::Digest;
 
 use crate::cancel::Cancel;
@@ -49,6 +49,23 @@ pub enum Faulty {
     Layer(&'static str, Digest),
 }
 
+/// The layers whose trees containers see.
+struct Seen {
+    snapshotters: Snapshotters,
+    in_use: Arc<dyn LayersInUse>,
+}
+
+impl LayersInUse for Seen {
+    fn chains(&self, name: &str) -> Option<HashSet<Digest>> {
+        let named = self.snapshotters.named(name);
+        match named.map(|named| named.whiteouts()) {
+            // Copies are independent of them.
+            Some(Whiteouts::Apply) => Some(HashSet::new()),
+            Some(Whiteouts::Overlay) | None => self.in_use.chains(name),
+        }
+    }
+}
+
 impl Images {
     /// Computes the digests of an image's blobs, unpacks its layers once more and compares each
     /// with what is there. Reads all of it and needs the space of one layer.
@@ -73,21 +90,21 @@ impl Images {
     ) -> Result<Vec<String>> {
         let mut renew = Renew::default();
         let mut remains = Vec::new();
-        // The trees themselves are what containers see; of copies they are independent.
-        let seen: Arc<dyn LayersInUse> = Arc::new({
-            let snapshotters = self.inner.snapshotters.clone();
-            move |name: &str| match snapshotters.named(name).map(|named| named.whiteouts()) {
-                Some(Whiteouts::Apply) => HashSet::new(),
-                Some(Whiteouts::Overlay) | None => in_use.chains(name),
-            }
+        let seen: Arc<dyn LayersInUse> = Arc::new(Seen {
+            snapshotters: self.inner.snapshotters.clone(),
+            in_use,
         });
-        let used: HashMap<&str, HashSet<Digest>> = self
+        let used: HashMap<&str, Option<HashSet<Digest>>> = self
             .inner
             .snapshotters
             .iter()
             .map(|snapshotter| (snapshotter.name(), seen.chains(snapshotter.name())))
             .collect();
-        let stands = |name: &str, chain: &Digest| used.get(name).is_some_and(|u| u.contains(chain));
+        let stands = |name: &str, chain: &Digest| match used.get(name) {
+            Some(Some(used)) => used.contains(chain),
+            Some(None) => true,
+            None => false,
+        };
         for fault in &verified.faults {
             match &fault.what {
                 Faulty::Blob(digest) => renew.blobs.push(digest.clone()),

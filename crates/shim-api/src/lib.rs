@@ -17,8 +17,19 @@ pub mod v1 {
 pub use error::Error;
 pub use frame::{Decoder, Frame, MAX_MESSAGE, encode, read_frame, write_frame};
 
-/// What this side speaks; `Hello.protocol` and `Bootstrap.protocol`.
-pub const PROTOCOL: u32 = 1;
+/// What this side speaks; `Hello.protocol` and `Bootstrap.protocol`. Neither side refuses the other
+/// for it: a request is made of shims that know it, and what comes without being known is passed
+/// over. What the shims of a version speak is frozen in `proto/shim/v1/frozen`, since those that run
+/// are not replaced with the daemon.
+///
+/// | version | since it |
+/// |---|---|
+/// | 1 | |
+/// | 2 | another shim can take over what one that has died leaves: `KeepHolder`, `Custody`, `Adopt`, `Bootstrap.adopt`; `Bootstrap.open_files`, `ExitRecord.unknown` |
+pub const PROTOCOL: u32 = 2;
+
+/// Version from which on a shim's pod can be taken over by another.
+pub const ADOPTION: u32 = 2;
 
 impl From<gantry_types::ProcessRef> for v1::Process {
     fn from(process: gantry_types::ProcessRef) -> Self {

@@ -8,6 +8,9 @@ use crate::container::{Draft, Input};
 /// Ours, with the names that containerd gave them: VM runtimes and agents read these.
 const PREFIX: &str = "io.kubernetes.cri.";
 
+/// The annotation that names a container's pod by its id.
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
 /// Would set any property of the container's systemd unit (CVE-2024-3154).
 const SYSTEMD: &str = "org.systemd.property.";
 
@@ -34,7 +37,6 @@ pub(crate) fn annotations(input: &Input<'_>, draft: &mut Draft) -> Result<(), Er
         ("container-type", "container"),
         ("container-name", &container.name),
         ("image-name", &input.resolved.image.name),
-        ("sandbox-id", input.resolved.pod.as_str()),
         ("sandbox-name", &pod.name),
         ("sandbox-namespace", &pod.namespace),
         ("sandbox-uid", &pod.uid),
@@ -43,6 +45,8 @@ pub(crate) fn annotations(input: &Input<'_>, draft: &mut Draft) -> Result<(), Er
             .annotations
             .insert(format!("{PREFIX}{name}"), value.to_owned());
     }
+    let id = input.resolved.pod.to_string();
+    draft.annotations.insert(SANDBOX_ID.to_owned(), id);
     Ok(())
 }
 

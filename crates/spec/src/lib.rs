@@ -26,6 +26,7 @@ pub mod sysctl;
 pub mod user;
 pub mod userns;
 
+pub use annotations::SANDBOX_ID;
 pub use container::container;
 pub use error::Error;
 pub use resolved::Resolved;

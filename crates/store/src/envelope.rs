@@ -12,6 +12,20 @@ pub enum EnvelopeError {
     Damaged,
     #[error("record has schema version {found}, this program knows {known}")]
     Version { found: u32, known: u32 },
+    #[error("record has {field} {value}, which this program does not know")]
+    Unknown { field: &'static str, value: i32 },
+}
+
+impl EnvelopeError {
+    /// Whether a newer program can have written it, for which it is kept as it is. Otherwise it is
+    /// damaged, and whoever has a copy may put that in its place.
+    pub fn is_newer(&self) -> bool {
+        match self {
+            Self::Version { found, known } => found > known,
+            Self::Unknown { .. } => true,
+            Self::Malformed(_) | Self::Damaged => false,
+        }
+    }
 }
 
 /// Over the version too, so that an envelope cut before its payload is not a valid empty one.

@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 
 use gantry_types::{ErrorKind, Kind};
 
-pub use envelope::{EnvelopeError, open as open_envelope, seal as seal_envelope};
+pub use envelope::{EnvelopeError, seal as seal_envelope};
 
 /// Generated from `proto/record/v1`.
 pub mod record {
@@ -105,8 +105,16 @@ impl Kind for Error {
 pub trait Record: prost::Message + Default {
     /// Name of the tree.
     const TREE: &'static str;
-    /// Version of the schema that this program writes and reads.
+    /// Version of the schema that this program writes and reads. It grows when a program that does
+    /// not know what is new must leave the record alone. A field that it may pass over changes
+    /// nothing here; what it then writes has no such field.
     const VERSION: u32 = 1;
+
+    /// A field, and the value of an enumeration in it that came after this program was made. Read
+    /// as its default, it would say something else.
+    fn unknown(&self) -> Option<(&'static str, i32)> {
+        None
+    }
 }
 
 impl Record for record::PodConfig {
@@ -114,15 +122,37 @@ impl Record for record::PodConfig {
 }
 impl Record for record::PodStatus {
     const TREE: &'static str = "pod-status";
+
+    fn unknown(&self) -> Option<(&'static str, i32)> {
+        let known = record::PodPhase::try_from(self.phase).is_ok();
+        (!known).then_some(("phase", self.phase))
+    }
 }
 impl Record for record::ContainerConfig {
     const TREE: &'static str = "container-config";
 }
 impl Record for record::ContainerStatus {
     const TREE: &'static str = "container-status";
+
+    fn unknown(&self) -> Option<(&'static str, i32)> {
+        let known = record::ContainerPhase::try_from(self.phase).is_ok();
+        (!known).then_some(("phase", self.phase))
+    }
 }
 impl Record for record::ImageRecord {
     const TREE: &'static str = "image";
+}
+
+/// Reads what [`seal_envelope`] made of a record.
+///
+/// # Errors
+/// It is damaged, of another version, or says what this program does not know.
+pub fn open_record<R: Record>(bytes: &[u8]) -> Result<R, EnvelopeError> {
+    let record: R = envelope::open(R::VERSION, bytes)?;
+    match record.unknown() {
+        Some((field, value)) => Err(EnvelopeError::Unknown { field, value }),
+        None => Ok(record),
+    }
 }
 
 /// What a scan of one tree found.
@@ -284,7 +314,7 @@ impl Store {
     pub fn get<R: Record>(&self, key: &str) -> Result<Option<R>, Error> {
         let value = self.with(|db| tree::<R>(db, key)?.get(key).map_err(access::<R>(key)))?;
         value
-            .map(|bytes| envelope::open(R::VERSION, &bytes))
+            .map(|bytes| open_record(&bytes))
             .transpose()
             .map_err(|source| Error::Unreadable {
                 tree: R::TREE,
@@ -320,7 +350,7 @@ impl Store {
             for entry in tree::<R>(db, "")?.iter() {
                 let (key, value) = entry.map_err(access::<R>(""))?;
                 let key = String::from_utf8_lossy(&key).into_owned();
-                match envelope::open(R::VERSION, &value) {
+                match open_record(&value) {
                     Ok(record) => scan.records.push((key, record)),
                     Err(error) => scan.unreadable.push((key, error)),
                 }
@@ -512,6 +542,35 @@ mod tests {
             store.get::<ImageRecord>("newer"),
             Err(Error::Unreadable { .. })
         ));
+    }
+
+    #[test]
+    fn a_value_that_came_later_is_no_other_value() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap().store;
+        let mut status = PodStatus::default();
+        status.set_phase(record::PodPhase::Ready);
+        store.put("known", &status).unwrap();
+        status.phase = 77;
+        store.put("later", &status).unwrap();
+        let container = record::ContainerStatus {
+            phase: -1,
+            ..Default::default()
+        };
+        store.put("later", &container).unwrap();
+        let pods = store.scan::<PodStatus>().unwrap();
+        assert_eq!(pods.records.len(), 1);
+        let field = "phase";
+        let unknown = EnvelopeError::Unknown { field, value: 77 };
+        assert_eq!(pods.unreadable, [("later".to_owned(), unknown.clone())]);
+        let containers = store.scan::<record::ContainerStatus>().unwrap();
+        assert_eq!(containers.unreadable.len(), 1);
+        assert!(unknown.is_newer());
+        for (found, newer) in [(2, true), (0, false)] {
+            let version = EnvelopeError::Version { found, known: 1 };
+            assert_eq!(version.is_newer(), newer, "{version}");
+        }
+        assert!(!EnvelopeError::Damaged.is_newer());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_ports::snapshotter::Owner;
@@ -70,6 +71,8 @@ impl ImageMount {
 #[derive(Default)]
 pub(crate) struct ImageMounts {
     entries: Mutex<Vec<Entry>>,
+    /// The file is there and says what we do not understand: it is not replaced.
+    unread: AtomicBool,
 }
 
 struct Entry {
@@ -84,8 +87,15 @@ impl ImageMounts {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads what an earlier daemon of this boot wrote down.
+    /// Reads what an earlier daemon of this boot wrote down. What cannot be read is kept, and
+    /// nothing is mounted or unmounted then.
     pub fn load(&self, file: &Path) -> Result<(), Error> {
+        let read = self.read(file);
+        self.unread.store(read.is_err(), Ordering::Release);
+        read
+    }
+
+    fn read(&self, file: &Path) -> Result<(), Error> {
         const STEP: &str = "read mounted images";
         let bytes = match fs::read(file) {
             Ok(bytes) => bytes,
@@ -116,8 +126,20 @@ impl ImageMounts {
         there.map(|entry| entry.mount.clone()).collect()
     }
 
+    fn check_read(&self, file: &Path) -> Result<(), Error> {
+        match self.unread.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => Err(Error::State {
+                what: "list of mounted images",
+                id: file.display().to_string(),
+                reason: "cannot be read and is left alone".to_owned(),
+            }),
+        }
+    }
+
     /// Begins a mount: it is written down, and nothing else is mounted at its place.
     fn begin(&self, file: &Path, mount: ImageMount) -> Result<(), Error> {
+        self.check_read(file)?;
         let mut entries = self.lock();
         let mounts = mountinfo::read()?;
         let target = &mount.target;
@@ -299,6 +321,7 @@ pub(crate) async fn unmount(ctx: &Arc<Context>, target: &Path) -> Result<(), Err
             id: target.display().to_string(),
             reason: reason.to_owned(),
         };
+        ctx.image_mounts.check_read(&ctx.records.dirs.image_mounts())?;
         let found = {
             let mut entries = ctx.image_mounts.lock();
             let mounts = mountinfo::read()?;
@@ -393,6 +416,9 @@ mod tests {
                 gantry_types::ErrorKind::Internal
             );
             assert_eq!(again.lock().len(), 2, "{bad}");
+            // It may name what is mounted: not to be written over.
+            assert!(again.begin(&file, mount("/new")).is_err());
+            assert_eq!(fs::read(&file).unwrap(), bad.as_bytes());
         }
     }
 }

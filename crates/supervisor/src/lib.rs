@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gantry_cri_api::v1 as cri;
-use gantry_images::{Images, LayerHolders};
+use gantry_images::{Images, LayerHolders, LayersInUse};
 use gantry_ports::{Network, Scopes, Snapshotter, Snapshotters};
 use gantry_store::{Store, record};
 use gantry_types::{Digest, PodId, PodState};
@@ -137,13 +137,10 @@ impl Context {
     }
 
     /// Layers of this snapshotter that containers and mounted images stand on, whatever became of
-    /// their image. A record that cannot be read may name any of them, so then it is all.
-    fn layers_in_use(&self, snapshotter: &str) -> HashSet<Digest> {
+    /// their image; `None` when a record that cannot be read may name any.
+    fn layers_in_use(&self, snapshotter: &str) -> Option<HashSet<Digest>> {
         if self.unreadable.load(Ordering::Acquire) {
-            let named = self.snapshotters.named(snapshotter);
-            let layers = named.and_then(|named| named.layers().ok());
-            let layers = layers.unwrap_or_default().into_iter();
-            return layers.map(|(chain, _)| chain).collect();
+            return None;
         }
         let pods = self.registry.pods();
         let containers = pods.iter().flat_map(|pod| &pod.containers);
@@ -152,9 +149,8 @@ impl Context {
             .flat_map(|container| chains(&container.facts.record));
         let mounted = self.image_mounts.all().into_iter();
         let mounted = mounted.filter(|mount| mount.stands_on(snapshotter));
-        layers
-            .chain(mounted.flat_map(|mount| mount.layers))
-            .collect()
+        let layers = layers.chain(mounted.flat_map(|mount| mount.layers));
+        Some(layers.collect())
     }
 
     /// A container has gone: when an image of its was removed before it, the layers go now.
@@ -169,11 +165,19 @@ impl Context {
     }
 
     async fn collect_layers(self: &Arc<Self>) {
-        let ctx = Arc::clone(self);
-        let in_use = Arc::new(move |snapshotter: &str| ctx.layers_in_use(snapshotter));
+        let in_use = Arc::new(Standing(Arc::clone(self)));
         if let Err(error) = self.images.collect(in_use).await {
             tracing::error!(%error, "layers that nothing refers to are not collected");
         }
+    }
+}
+
+/// What containers and mounted images stand on at the moment of the question.
+struct Standing(Arc<Context>);
+
+impl LayersInUse for Standing {
+    fn chains(&self, snapshotter: &str) -> Option<HashSet<Digest>> {
+        self.0.layers_in_use(snapshotter)
     }
 }
 
@@ -269,10 +273,9 @@ impl Supervisor {
         &self.ctx.snapshotters
     }
 
-    /// Layers of this snapshotter that containers and mounted images stand on, whatever
-    /// became of their image.
-    pub fn layers_in_use(&self, snapshotter: &str) -> HashSet<Digest> {
-        self.ctx.layers_in_use(snapshotter)
+    /// The layers that containers and mounted images stand on, whatever became of their image.
+    pub fn layers_in_use(&self) -> Arc<dyn LayersInUse> {
+        Arc::new(Standing(Arc::clone(&self.ctx)))
     }
 
     /// Mounts an image at `target`, an existing directory on which nothing is mounted, for all to
@@ -310,7 +313,8 @@ impl Supervisor {
         for snapshotter in self.ctx.snapshotters.iter() {
             let name = snapshotter.name();
             if self.ctx.unreadable.load(Ordering::Acquire) {
-                for chain in self.ctx.layers_in_use(name) {
+                // Who cannot list them sees none to ask about either.
+                for (chain, _) in snapshotter.layers().unwrap_or_default() {
                     let unknown = "a record that cannot be read".to_owned();
                     let key = (name.to_owned(), chain);
                     holders.entry(key).or_default().push(unknown);

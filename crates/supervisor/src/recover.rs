@@ -7,13 +7,18 @@
 //!
 //! [`reconcile`] decides, without I/O; the rest of this module observes and acts, pod by pod, in
 //! parallel and bounded in time. What cannot be read is reported and kept.
+//!
+//! An object one of whose records cannot be read is left alone as a whole, and not shown: its
+//! processes, its files and its records stay for the gantryd that can read them, which after a
+//! downgrade is the one that was there before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use gantry_cri_api::v1 as cri;
 use gantry_shim_api::v1;
-use gantry_store::record;
+use gantry_store::{EnvelopeError, record};
 use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRef};
 use prost::Message;
 use tokio::sync::{Semaphore, mpsc};
@@ -160,6 +165,25 @@ struct Recorded {
     facts: Arc<PodFacts>,
     status: record::PodStatus,
     containers: Vec<(Arc<ContainerFacts>, record::ContainerStatus)>,
+    /// Containers of it whose records are newer than we are.
+    newer: Vec<ContainerId>,
+}
+
+/// Objects that have a record which cannot be read.
+#[derive(Debug, Default)]
+struct Unreadable {
+    /// How many records that are.
+    records: usize,
+    pods: Keys,
+    containers: Keys,
+}
+
+/// By key; whether the record is newer than we are, and not just damaged.
+type Keys = BTreeMap<String, bool>;
+
+/// Notes the object of a record that cannot be read.
+fn note(keys: &mut Keys, key: String, newer: bool) {
+    *keys.entry(key).or_default() |= newer;
 }
 
 /// What recovery found, for the log.
@@ -178,8 +202,7 @@ pub(crate) async fn recover(ctx: &Arc<Context>) -> Result<Summary, Error> {
     let ctx_ = Arc::clone(ctx);
     let (recorded, mut summary) = blocking(move || {
         let unreadable = complete_store(&ctx_)?;
-        let (recorded, mut summary) = load(&ctx_)?;
-        summary.unreadable += unreadable;
+        let (recorded, mut summary) = load(&ctx_, unreadable)?;
         if let Err(error) = ctx_.image_mounts.load(&ctx_.records.dirs.image_mounts()) {
             // It may name any layer.
             tracing::error!(%error, "which images are mounted is not known: no layer is removed");
@@ -213,12 +236,12 @@ pub(crate) async fn recover(ctx: &Arc<Context>) -> Result<Summary, Error> {
 }
 
 /// Takes from the run directories what the store has lost: a log that was cut opens as a shorter
-/// one, without a word. Returns how many records can be read in neither place.
-fn complete_store(ctx: &Context) -> Result<usize, Error> {
+/// one, without a word. Returns what can be read in neither place, or is newer in the run directory.
+fn complete_store(ctx: &Context) -> Result<Unreadable, Error> {
     let dirs = &ctx.records.dirs;
     let list =
         |dir: &std::path::Path| names(dir).map_err(|error| Error::io("read records", dir, &error));
-    let mut unreadable = 0;
+    let mut unreadable = Unreadable::default();
     for name in list(&dirs.pods())? {
         let Ok(id) = name.parse::<PodId>() else {
             continue;
@@ -226,7 +249,10 @@ fn complete_store(ctx: &Context) -> Result<usize, Error> {
         let further =
             |ours: &record::PodStatus, stored: &record::PodStatus| pod_age(ours) > pod_age(stored);
         let complete = complete::<record::PodConfig, record::PodStatus>;
-        unreadable += complete(ctx, id.as_str(), &dirs.pod(&id), further)?;
+        if let Some(newer) = complete(ctx, id.as_str(), &dirs.pod(&id), further)? {
+            unreadable.records += 1;
+            note(&mut unreadable.pods, name, newer);
+        }
     }
     for name in list(&dirs.containers())? {
         let Ok(id) = name.parse::<ContainerId>() else {
@@ -236,21 +262,38 @@ fn complete_store(ctx: &Context) -> Result<usize, Error> {
             container_age(ours) > container_age(stored)
         };
         let complete = complete::<record::ContainerConfig, record::ContainerStatus>;
-        unreadable += complete(ctx, id.as_str(), &dirs.container(&id), further)?;
+        if let Some(newer) = complete(ctx, id.as_str(), &dirs.container(&id), further)? {
+            unreadable.records += 1;
+            note(&mut unreadable.containers, name, newer);
+        }
     }
     Ok(unreadable)
 }
 
 /// As [`complete_store`], for one object; and the other way, for a run directory that is behind.
+/// What a newer daemon wrote is never replaced. Returns whether the run directory's records are of a
+/// newer one, if they cannot be read and the store's do not tell more.
 fn complete<C: RunRecord + Default, S: RunRecord + Default + PartialEq>(
     ctx: &Context,
     id: &str,
-    dir: &std::path::Path,
+    dir: &Path,
     further: impl Fn(&S, &S) -> bool,
-) -> Result<usize, Error> {
+) -> Result<Option<bool>, Error> {
     let store = &ctx.records.store;
     let step = Error::step("complete store");
     let stored = (store.get::<C>(id), store.get::<S>(id));
+    let copies = rundir::newer::<C, S>(dir);
+    for (path, error) in &copies {
+        tracing::error!(path = %path.display(), %error,
+            "a record file is newer than this gantryd: it is kept and left alone");
+    }
+    if !copies.is_empty() {
+        return Ok(Some(true));
+    }
+    if is_newer(&stored.0) || is_newer(&stored.1) {
+        // Reported when all are read.
+        return Ok(None);
+    }
     let (Some(config), Some(status)) = (read_record::<C>(dir), read_record::<S>(dir)) else {
         // What the store has and cannot read is reported when all are read.
         let damaged = matches!(stored.0, Ok(None)) && rundir::damaged::<C, S>(dir);
@@ -260,7 +303,7 @@ fn complete<C: RunRecord + Default, S: RunRecord + Default + PartialEq>(
                 "record files cannot be read: they are kept and left alone"
             );
         }
-        return Ok(usize::from(damaged));
+        return Ok(damaged.then_some(false));
     };
     let behind = match &stored {
         (Ok(Some(_)), Ok(Some(stored))) => further(&status, stored),
@@ -281,7 +324,12 @@ fn complete<C: RunRecord + Default, S: RunRecord + Default + PartialEq>(
         // and must not be lost with it.
         tracing::warn!(id, %error, "the run directory stays behind the store");
     }
-    Ok(0)
+    Ok(None)
+}
+
+/// Whether the store has a record that is newer than we are.
+fn is_newer<R>(stored: &Result<Option<R>, gantry_store::Error>) -> bool {
+    matches!(stored, Err(gantry_store::Error::Unreadable { source, .. }) if source.is_newer())
 }
 
 /// How far a pod is in its life. The store is written first, so only a store that has lost
@@ -306,24 +354,52 @@ fn container_age(status: &record::ContainerStatus) -> u8 {
 }
 
 /// Reads all records; what cannot be read is reported and kept.
-fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
+fn load(ctx: &Context, unreadable: Unreadable) -> Result<(Vec<Recorded>, Summary), Error> {
     let step = Error::step("read records");
     let store = &ctx.records.store;
-    let mut summary = Summary::default();
-    let mut report = |tree: &str, unreadable: Vec<(String, gantry_store::EnvelopeError)>| {
-        summary.unreadable += unreadable.len();
-        for (key, error) in unreadable {
+    let report = |tree: &str, found: Vec<(String, EnvelopeError)>, keys: &mut Keys| {
+        let records = found.len();
+        for (key, error) in found {
             tracing::error!(tree, key, %error, "a record cannot be read: it is kept and left alone");
+            note(keys, key, error.is_newer());
         }
+        records
     };
     let pods = store.scan::<record::PodConfig>().map_err(&step)?;
     let statuses = store.scan::<record::PodStatus>().map_err(&step)?;
     let containers = store.scan::<record::ContainerConfig>().map_err(&step)?;
     let container_statuses = store.scan::<record::ContainerStatus>().map_err(&step)?;
-    report("pod-config", pods.unreadable);
-    report("pod-status", statuses.unreadable);
-    report("container-config", containers.unreadable);
-    report("container-status", container_statuses.unreadable);
+    let mut summary = Summary {
+        unreadable: unreadable.records,
+        ..Default::default()
+    };
+    let (mut unread_pods, mut unread_containers) = (unreadable.pods, unreadable.containers);
+    for records in [
+        report("pod-config", pods.unreadable, &mut unread_pods),
+        report("pod-status", statuses.unreadable, &mut unread_pods),
+        report(
+            "container-config",
+            containers.unreadable,
+            &mut unread_containers,
+        ),
+        report(
+            "container-status",
+            container_statuses.unreadable,
+            &mut unread_containers,
+        ),
+    ] {
+        summary.unreadable += records;
+    }
+    // By pod: they are in the way of its removal.
+    let mut newer: BTreeMap<String, BTreeSet<ContainerId>> = BTreeMap::new();
+    for (key, _) in unread_containers.iter().filter(|(_, newer)| **newer) {
+        // Of those whose configuration can be read it says the same.
+        if let Ok(id) = key.parse::<ContainerId>()
+            && let Some(pod) = pod_of_bundle(&ctx.records.dirs.container(&id))
+        {
+            newer.entry(pod).or_default().insert(id);
+        }
+    }
 
     let mut statuses: BTreeMap<_, _> = statuses.records.into_iter().collect();
     let mut container_statuses: BTreeMap<_, _> = container_statuses.records.into_iter().collect();
@@ -331,6 +407,12 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
     for (key, config) in containers.records {
         let status = container_statuses.remove(&key).unwrap_or_default();
         match container_facts(config) {
+            Ok(facts) if unread_containers.contains_key(&key) => {
+                if unread_containers[&key] {
+                    let of_pod = newer.entry(facts.pod.to_string()).or_default();
+                    of_pod.insert(facts.id);
+                }
+            }
             Ok(facts) => {
                 by_pod
                     .entry(facts.pod.to_string())
@@ -347,11 +429,18 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
     for (key, config) in pods.records {
         let status = statuses.remove(&key).unwrap_or_default();
         let containers = by_pod.remove(&key).unwrap_or_default();
+        if unread_pods.contains_key(&key) {
+            let containers = containers.len();
+            tracing::error!(key, containers, "a pod is left alone with its containers");
+            continue;
+        }
+        let newer = newer.remove(&key).unwrap_or_default();
         match pod_facts(config) {
             Ok(facts) => recorded.push(Recorded {
                 facts: Arc::new(facts),
                 status,
                 containers,
+                newer: newer.into_iter().collect(),
             }),
             Err(error) => {
                 summary.unreadable += 1;
@@ -359,6 +448,7 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
             }
         }
     }
+    by_pod.retain(|pod, _| !unread_pods.contains_key(pod));
     for (pod, containers) in by_pod {
         summary.unreadable += containers.len();
         tracing::error!(
@@ -367,7 +457,22 @@ fn load(ctx: &Context) -> Result<(Vec<Recorded>, Summary), Error> {
             "containers of a pod without a record"
         );
     }
+    for (what, keys) in [
+        ("pod sandbox", &unread_pods),
+        ("container", &unread_containers),
+    ] {
+        let newer = keys.iter().filter(|(_, newer)| **newer);
+        ctx.registry.keep(what, newer.map(|(key, _)| key.clone()));
+    }
     Ok((recorded, summary))
+}
+
+/// The pod of a container whose records cannot be read, from its OCI bundle.
+fn pod_of_bundle(bundle: &Path) -> Option<String> {
+    let spec = std::fs::read(bundle.join("config.json")).ok()?;
+    let spec: serde_json::Value = serde_json::from_slice(&spec).ok()?;
+    let id = spec["annotations"][gantry_spec::SANDBOX_ID].as_str()?;
+    Some(id.to_owned())
 }
 
 pub(crate) fn pod_facts(record: record::PodConfig) -> Result<PodFacts, String> {
@@ -580,6 +685,7 @@ async fn adopt(
         mailbox.clone(),
     );
     driver.shim = shim;
+    driver.newer = pod.newer;
     for (facts, status) in pod.containers {
         if let Some(container) = recover_container(ctx, facts, status, observed).await {
             driver.add_container(Arc::clone(&container.facts), container);

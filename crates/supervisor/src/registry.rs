@@ -110,6 +110,8 @@ struct Maps {
     /// Those that drivers have, also half made: nothing of a container is there without.
     held: HashSet<ContainerId>,
     names: HashMap<PodName, Reserved>,
+    /// Ids whose records are newer than we are: what has them is there, and out of reach.
+    newer: BTreeMap<String, &'static str>,
 }
 
 /// The one index of pods and containers. Its lock is held for map look-ups alone.
@@ -125,6 +127,11 @@ impl Registry {
 
     fn write(&self) -> RwLockWriteGuard<'_, Maps> {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Knows of objects whose records are newer than this program: whoever asks for one is told so.
+    pub(crate) fn keep(&self, what: &'static str, ids: impl Iterator<Item = String>) {
+        self.write().newer.extend(ids.map(|id| (id, what)));
     }
 
     /// Takes a name for a new pod, or says who has it.
@@ -274,7 +281,8 @@ impl Registry {
                 .as_ref()
                 .map(|view| (id.as_str().to_owned(), Arc::clone(view)))
         };
-        unique("pod sandbox", id, from(&maps.pods, id).filter_map(visible))
+        let found = unique("pod sandbox", id, from(&maps.pods, id).filter_map(visible));
+        found.map_err(|error| maps.newer(id, error))
     }
 
     /// The container whose id is, or uniquely begins with, `id`, with its pod.
@@ -284,7 +292,8 @@ impl Registry {
             "container",
             id,
             from(&maps.containers, id).map(|(id, pod)| (id.as_str().to_owned(), (id, pod))),
-        )?;
+        )
+        .map_err(|error| maps.newer(id, error))?;
         let missing = || Error::NotFound {
             what: "container",
             id: id.to_owned(),
@@ -300,6 +309,20 @@ impl Registry {
             .find(|c| c.facts.id == *container)
             .cloned();
         Ok((view, found.ok_or_else(missing)?))
+    }
+}
+
+impl Maps {
+    /// What is not found may be there all the same, and must not be taken for removed.
+    fn newer(&self, id: &str, error: Error) -> Error {
+        match (&error, self.newer.get(id)) {
+            (Error::NotFound { .. }, Some(&what)) => Error::State {
+                what,
+                id: id.to_owned(),
+                reason: "its record is of a newer gantryd, for which it is kept".to_owned(),
+            },
+            _ => error,
+        }
     }
 }
 
@@ -357,6 +380,17 @@ mod tests {
             find("x", &["xab"].map(|_| "y")),
             Err(Error::NotFound { .. })
         ));
+    }
+
+    #[test]
+    fn what_has_a_newer_record_is_not_taken_for_removed() {
+        let registry = Registry::default();
+        registry.keep("pod sandbox", ["aa".to_owned()].into_iter());
+        registry.keep("container", ["bb".to_owned()].into_iter());
+        assert!(matches!(registry.pod("aa"), Err(Error::State { .. })));
+        assert!(matches!(registry.container("bb"), Err(Error::State { .. })));
+        assert!(matches!(registry.pod("a"), Err(Error::NotFound { .. })));
+        assert!(registry.pods().is_empty());
     }
 
     #[test]

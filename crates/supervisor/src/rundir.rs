@@ -22,7 +22,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use gantry_store::{Record, open_envelope, record, seal_envelope};
+use gantry_store::{EnvelopeError, Record, open_record, record, seal_envelope};
 use gantry_types::{ContainerId, PodId};
 
 use crate::{Error, failpoint};
@@ -253,9 +253,19 @@ pub fn read_record<R: RunRecord>(dir: &Path) -> Option<R> {
             return None;
         }
     };
-    open_envelope(R::VERSION, &bytes)
+    open_record(&bytes)
         .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "bad record file"))
         .ok()
+}
+
+/// The record files of a run directory that a newer gantryd wrote, and why they cannot be read.
+pub fn newer<C: RunRecord, S: RunRecord>(dir: &Path) -> Vec<(PathBuf, EnvelopeError)> {
+    fn look<R: RunRecord>(dir: &Path) -> Option<(PathBuf, EnvelopeError)> {
+        let path = dir.join(R::FILE);
+        let error = open_record::<R>(&fs::read(&path).ok()?).err()?;
+        error.is_newer().then_some((path, error))
+    }
+    look::<C>(dir).into_iter().chain(look::<S>(dir)).collect()
 }
 
 /// Whether a run directory holds a record that cannot be read: what it describes may be alive.
@@ -316,6 +326,20 @@ mod tests {
         assert!(!is_damaged());
         fs::write(dir.path().join("status"), b"torn").unwrap();
         assert!(is_damaged());
+    }
+
+    #[test]
+    fn a_file_of_a_newer_daemon_is_told_from_a_damaged_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let newer = || newer::<record::PodConfig, record::PodStatus>(dir.path());
+        assert_eq!(newer(), []);
+        fs::write(dir.path().join("config"), b"torn").unwrap();
+        let status = seal_envelope(2, &record::PodStatus::default());
+        fs::write(dir.path().join("status"), status).unwrap();
+        let (found, known) = (2, 1);
+        let version = EnvelopeError::Version { found, known };
+        assert_eq!(newer(), [(dir.path().join("status"), version)]);
+        assert!(damaged::<record::PodConfig, record::PodStatus>(dir.path()));
     }
 
     #[test]

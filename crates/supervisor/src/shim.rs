@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use gantry_shim_api::v1::{self, message, request};
-use gantry_shim_api::{Decoder, encode};
+use gantry_shim_api::{ADOPTION, Decoder, PROTOCOL, encode};
 use gantry_sys::pidfd::PidFd;
 use gantry_sys::signal::SIGKILL;
 use gantry_types::{ContainerId, ErrorKind, PodId, ProcessRef};
@@ -24,9 +24,6 @@ use tokio::time::timeout;
 
 use crate::pod::Msg;
 use crate::{Error, failpoint};
-
-/// Version of the protocol that this daemon speaks.
-pub const PROTOCOL: u32 = 1;
 
 /// Missed answers in a row after which a shim counts as hung and is killed.
 const MISSES_UNTIL_HUNG: u32 = 3;
@@ -73,6 +70,8 @@ struct Outgoing {
 pub struct Shim {
     pod: PodId,
     process: ProcessRef,
+    /// What it speaks; 0 until it has said so.
+    protocol: AtomicU32,
     pidfd: Arc<PidFd>,
     outgoing: mpsc::Sender<Outgoing>,
     waiting: Arc<Waiting>,
@@ -239,6 +238,7 @@ impl Shim {
         let shim = Arc::new(Self {
             pod: pod.clone(),
             process,
+            protocol: AtomicU32::new(0),
             pidfd: Arc::clone(&pidfd),
             outgoing,
             waiting: Arc::clone(&waiting),
@@ -253,7 +253,10 @@ impl Shim {
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         match shim.call(request::Body::Hello(hello), limit).await? {
-            message::Body::Hello(reply) if reply.pod_id == pod.as_str() => Ok((shim, reply)),
+            message::Body::Hello(reply) if reply.pod_id == pod.as_str() => {
+                shim.protocol.store(reply.protocol, Ordering::Relaxed);
+                Ok((shim, reply))
+            }
             message::Body::Hello(reply) => {
                 Err(lost(format!("the socket is that of pod {}", reply.pod_id)))
             }
@@ -263,6 +266,16 @@ impl Shim {
 
     pub fn process(&self) -> ProcessRef {
         self.process
+    }
+
+    /// Version of the protocol that it speaks. It may be older than ours, and newer.
+    pub fn protocol(&self) -> u32 {
+        self.protocol.load(Ordering::Relaxed)
+    }
+
+    /// Whether another shim can take over what this one leaves.
+    pub fn knows_adoption(&self) -> bool {
+        self.protocol() >= ADOPTION
     }
 
     /// Sends a request and waits for its answer.

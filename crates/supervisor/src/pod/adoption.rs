@@ -76,6 +76,13 @@ impl Driver {
         if !self.state.is_ready() {
             return;
         }
+        if !shim.knows_adoption() {
+            if !std::mem::replace(&mut self.older_shim_noted, true) {
+                tracing::info!(pod = %self.id(), protocol = shim.protocol(),
+                    "the pod has a shim of an earlier version: it ends when its shim does");
+            }
+            return;
+        }
         let limit = self.ctx.settings.timeouts.shim_call;
         self.effect(
             async move { shim.keep_holder(limit).await },
@@ -84,7 +91,7 @@ impl Driver {
                     driver.holder_kept = true;
                     driver.publish();
                 }
-                // An older shim, whose holder dies with it.
+                // It dies with its shim.
                 Err(error) => {
                     tracing::debug!(pod = %driver.id(), %error, "the holder is not kept");
                 }
@@ -102,7 +109,7 @@ impl Driver {
             return;
         };
         let running = matches!(container.state, ContainerState::Running { .. });
-        if !running || container.end_noted || container.custody.is_some() {
+        if !shim.knows_adoption() || !running || container.end_noted || container.custody.is_some() {
             return;
         }
         let limit = self.ctx.settings.timeouts.shim_call;
@@ -119,7 +126,7 @@ impl Driver {
                         driver.publish();
                     }
                 }
-                // It has ended, or the shim is an older one.
+                // It has ended.
                 Err(error) => tracing::debug!(container = %id, %error, "not in custody"),
             },
         );
@@ -326,6 +333,10 @@ async fn introduce(
     let socket = ctx.records.dirs.socket(&facts.id);
     let limit = ctx.settings.timeouts.shim_call;
     let (shim, _) = Shim::connect(&facts.id, &socket, limit, mailbox).await?;
+    if !shim.knows_adoption() {
+        let message = format!("its shim is older than this daemon: protocol {}", shim.protocol());
+        return Err(Error::internal("adopt pod", message));
+    }
     failpoint::at("adoption::connected")?;
     let mut adopted = Vec::new();
     for Adoptee { request, custody } in adoptees {

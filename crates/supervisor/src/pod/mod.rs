@@ -65,6 +65,8 @@ pub(crate) struct Driver {
     pub(crate) shim: Option<Arc<Shim>>,
     pub(crate) containers: BTreeMap<ContainerId, Container>,
     pub(crate) container_names: HashMap<(String, u32), ContainerId>,
+    /// Containers of the pod that a newer daemon has on record. We know no more of them.
+    pub(crate) newer: Vec<ContainerId>,
     /// Callers of RunPodSandbox.
     creating: Vec<Reply<Awaited>>,
     /// Wish to be stopped, with who asked.
@@ -80,6 +82,8 @@ pub(crate) struct Driver {
     lost_early: Option<&'static str>,
     /// The holder outlives the shim: the shim has said so.
     holder_kept: bool,
+    /// It was told that the shim cannot be replaced.
+    older_shim_noted: bool,
     /// Present while a shim that has died is replaced.
     adoption: Option<adoption::Adoption>,
     /// When a shim was replaced of late.
@@ -104,6 +108,7 @@ impl Driver {
             shim: None,
             containers: BTreeMap::new(),
             container_names: HashMap::new(),
+            newer: Vec::new(),
             creating: Vec::new(),
             stop: None,
             remove: None,
@@ -111,6 +116,7 @@ impl Driver {
             swept: false,
             lost_early: None,
             holder_kept: false,
+            older_shim_noted: false,
             adoption: None,
             adopted_at: Vec::new(),
             ended: false,

@@ -30,7 +30,7 @@ pub(crate) enum Request {
     AwaitReady(Reply<Awaited>),
     /// Legal always.
     Stop(Reply<()>),
-    /// Legal always; stops first.
+    /// Legal unless a container of the pod has a newer record; stops first.
     Remove(Reply<()>),
     /// Legal in a ready pod.
     CreateContainer {
@@ -89,7 +89,21 @@ impl Driver {
                 }
             },
             Request::Stop(reply) => self.stop.get_or_insert_default().push(reply),
-            Request::Remove(reply) => self.remove.get_or_insert_default().push(reply),
+            Request::Remove(reply) => match self.newer.first() {
+                // Without its pod nobody could ever do anything with it.
+                Some(container) => {
+                    let reason = format!(
+                        "the record of its container {container} is of a newer gantryd, for which \
+                         both are kept"
+                    );
+                    let _ = reply.send(Err(Error::State {
+                        what: "pod sandbox",
+                        id: self.id().to_string(),
+                        reason,
+                    }));
+                }
+                None => self.remove.get_or_insert_default().push(reply),
+            },
             Request::CreateContainer {
                 config,
                 config_hash,

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::{Awaited, Driver, Msg, SHIM_ENDED, answer, blocking, files, teardown};
 use crate::registry::PodFacts;
 use crate::settings::{Handler, Settings};
-use crate::shim::{PROTOCOL, Shim, spawn};
+use crate::shim::{Shim, spawn};
 use crate::undo::Undo;
 use crate::{Context, Error, cgroup, failpoint};
 
@@ -406,7 +406,7 @@ pub(super) fn bootstrap(
         facts.config.hostname.clone()
     };
     Ok(v1::Bootstrap {
-        protocol: PROTOCOL,
+        protocol: gantry_shim_api::PROTOCOL,
         pod_id: facts.id.to_string(),
         run_dir: path_text(&dirs.pod(&facts.id))?,
         holder: Some(v1::Holder {
