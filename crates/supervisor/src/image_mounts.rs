@@ -321,7 +321,8 @@ pub(crate) async fn unmount(ctx: &Arc<Context>, target: &Path) -> Result<(), Err
             id: target.display().to_string(),
             reason: reason.to_owned(),
         };
-        ctx.image_mounts.check_read(&ctx.records.dirs.image_mounts())?;
+        ctx.image_mounts
+            .check_read(&ctx.records.dirs.image_mounts())?;
         let found = {
             let mut entries = ctx.image_mounts.lock();
             let mounts = mountinfo::read()?;

@@ -5,8 +5,10 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::node::{Node, image, not_root, nothing_in_use, options};
-use gantry_images::{Fate, Faulty, ItemKind, Options};
+use crate::node::{Node, image, not_root, nothing_in_use, open_store, options};
+use gantry_images::{Fate, Faulty, ItemKind, LayersInUse, Options};
+use gantry_store::Record;
+use gantry_store::record::ImageRecord;
 use gantry_testkit::image::{Compression, Image, ImageBuilder, Layer, oci_layout_of, write_tar};
 use gantry_testkit::registry::Registry;
 use gantry_types::{Digest, ErrorKind, Kind};
@@ -381,6 +383,100 @@ async fn an_image_that_cannot_be_read_at_the_start_is_kept() {
     node.remove(&name).await;
     node.images.collect(nothing_in_use()).await.unwrap();
     assert_eq!(node.names("overlayfs/layers"), [""; 0]);
+}
+
+/// Nobody can say what is in use.
+struct Unknown;
+
+impl LayersInUse for Unknown {
+    fn chains(&self, _: &str) -> Option<HashSet<Digest>> {
+        None
+    }
+}
+
+#[tokio::test]
+async fn layers_that_anybody_may_stand_on_are_neither_collected_nor_replaced() {
+    const NAME: &str = "layers_that_anybody_may_stand_on_are_neither_collected_nor_replaced";
+    if not_root(NAME) {
+        return;
+    }
+    let (node, (_registry, name)) = (Node::new(), serve(&image("one")).await);
+    let id = node.pull(&name).await.unwrap();
+    let chains = layers(&node, &id);
+    std::fs::write(node.layer(&chains[0]).join("etc/base"), "bad").unwrap();
+    let bad = node.images.verify(&name).await.unwrap();
+    assert_eq!(bad.faults.len(), 1, "{bad:?}");
+    let remains = node.images.repair(&bad, Arc::new(Unknown)).await.unwrap();
+    assert_eq!(remains.len(), 1, "{remains:?}");
+    assert!(remains[0].contains("stays as it is"), "{remains:?}");
+    let there = node.names("overlayfs/layers");
+    node.images.remove(&name, Arc::new(Unknown)).await.unwrap();
+    node.images.collect(Arc::new(Unknown)).await.unwrap();
+    assert_eq!(node.names("overlayfs/layers"), there);
+    node.images.collect(nothing_in_use()).await.unwrap();
+    assert_eq!(node.names("overlayfs/layers"), [""; 0]);
+}
+
+/// An image record as a later version may write it.
+#[derive(Clone, PartialEq, prost::Message)]
+struct LaterImage {
+    #[prost(bytes = "vec", tag = "1")]
+    what: Vec<u8>,
+}
+
+impl Record for LaterImage {
+    const TREE: &'static str = <ImageRecord as Record>::TREE;
+    const VERSION: u32 = <ImageRecord as Record>::VERSION + 1;
+}
+
+#[tokio::test]
+async fn the_record_of_a_newer_daemon_keeps_its_place_and_all_layers() {
+    if not_root("the_record_of_a_newer_daemon_keeps_its_place_and_all_layers") {
+        return;
+    }
+    let (node, (registry, name)) = (Node::new(), serve(&image("one")).await);
+    registry.add("other", "1", &image("two"));
+    let other = format!("{}/other:1", registry.host());
+    let id = node.pull(&name).await.unwrap();
+    node.pull(&other).await.unwrap();
+    let before = node.images.list();
+    let what = b"\xfflater".to_vec();
+    let later = LaterImage { what };
+    let mut record = None;
+    let node = node.restart_after(|root| {
+        let store = open_store(&root.join("store"));
+        record = store.get::<ImageRecord>(&id).unwrap();
+        store.put(&id, &later).unwrap();
+    });
+    // The index tells what it can.
+    assert_eq!(node.images.list(), before);
+    let (layers, blobs) = (
+        node.names("overlayfs/layers"),
+        node.names("content/blobs/sha256"),
+    );
+    node.remove(&name).await;
+    node.remove(&other).await;
+    node.images.collect(nothing_in_use()).await.unwrap();
+    node.pull(&other).await.unwrap();
+    node.remove(&other).await;
+    assert_eq!(node.names("overlayfs/layers"), layers);
+    assert_eq!(node.names("content/blobs/sha256"), blobs);
+    let audit = node.images.audit(HashMap::new()).await.unwrap();
+    assert!(
+        audit.iter().all(|item| item.fate == Fate::Kept),
+        "{audit:?}"
+    );
+    // Pulled again: the image is there, and the record is what it was.
+    node.pull(&name).await.unwrap();
+    assert!(node.images.status(&name).unwrap().is_some());
+    let node = node.restart_after(|root| {
+        let store = open_store(&root.join("store"));
+        assert_eq!(store.get::<LaterImage>(&id).unwrap(), Some(later.clone()));
+        store.put(&id, &record.take().unwrap()).unwrap();
+    });
+    assert!(node.images.status(&name).unwrap().is_some());
+    node.images.collect(nothing_in_use()).await.unwrap();
+    assert_eq!(node.names("overlayfs/layers").len(), 2);
 }
 
 #[tokio::test]

@@ -109,7 +109,8 @@ impl Driver {
             return;
         };
         let running = matches!(container.state, ContainerState::Running { .. });
-        if !shim.knows_adoption() || !running || container.end_noted || container.custody.is_some() {
+        if !shim.knows_adoption() || !running || container.end_noted || container.custody.is_some()
+        {
             return;
         }
         let limit = self.ctx.settings.timeouts.shim_call;
@@ -334,7 +335,10 @@ async fn introduce(
     let limit = ctx.settings.timeouts.shim_call;
     let (shim, _) = Shim::connect(&facts.id, &socket, limit, mailbox).await?;
     if !shim.knows_adoption() {
-        let message = format!("its shim is older than this daemon: protocol {}", shim.protocol());
+        let message = format!(
+            "its shim is older than this daemon: protocol {}",
+            shim.protocol()
+        );
         return Err(Error::internal("adopt pod", message));
     }
     failpoint::at("adoption::connected")?;

@@ -32,5 +32,6 @@ mod streaming;
 mod streaming_ends;
 mod streaming_tls;
 mod systemd;
+mod upgrade;
 mod userns;
 mod walk;
