@@ -298,7 +298,9 @@ fn what_comes_later_is_decoded_without_a_body() {
     assert_eq!((request.id, request.body), (7, None));
     let message = v1::Message::decode(later.as_slice()).unwrap();
     assert_eq!((message.id, message.body), (7, None));
-    let mut kind = v1::Error::default();
-    kind.kind = 99;
-    assert_eq!(kind.kind(), v1::ErrorKind::Internal);
+    let error = v1::Error {
+        kind: 99,
+        ..Default::default()
+    };
+    assert_eq!(error.kind(), v1::ErrorKind::Internal);
 }
