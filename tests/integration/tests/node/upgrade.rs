@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use gantry_integration::gantryctl::Gantryctl;
 use gantry_integration::streaming::STDIN;
 use gantry_integration::{Node, Pod, eventually, on_plain_node, refused, script_config, sleeper};
 use gantry_store::{Record, Store, record, seal_envelope};
@@ -458,6 +459,16 @@ fn records_of_a_newer_daemon_are_kept_with_what_they_are_of() {
             assert_eq!(node.sh(&seen, "echo x").await, "x");
             assert_eq!(node.status(&seen).await, before[2].0);
             node.kill_and_start_again().await;
+        }
+        // Nothing of what is out of sight belongs to nobody.
+        if let Some(program) = Gantryctl::find(NAME) {
+            let gantryctl = Gantryctl::new(&program, &node.daemon);
+            let output = gantryctl.feed(&["check", "--repair"], Vec::new());
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert_eq!(output.status.code(), Some(0), "{said}");
+            assert!(said.contains("a record that cannot be read"), "{said}");
+            assert!(said.contains(", 0 belong to nothing"), "{said}");
+            assert!(before.iter().all(|(_, pid)| is_alive(*pid)), "{said}");
         }
         // The image is known from the index, and its layers may be anybody's.
         assert_eq!(node.client.list_images().await.unwrap(), images);
