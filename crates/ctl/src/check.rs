@@ -44,12 +44,7 @@ fn table(things: &[Thing]) -> String {
             (true, true) => "removed".to_owned(),
             _ => thing.remark.clone(),
         };
-        [
-            thing.kind.clone(),
-            thing.name.clone(),
-            owner.to_owned(),
-            remark,
-        ]
+        [&thing.kind, &thing.name, owner, &remark].map(printable)
     };
     let heads = ["KIND", "WHAT", "BELONGS TO", "REMARK"].map(str::to_owned);
     let rows: Vec<_> = std::iter::once(heads)
@@ -70,6 +65,12 @@ fn table(things: &[Thing]) -> String {
     text
 }
 
+/// Names of processes are whatever these say, and the terminal is root's.
+fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().map(shown).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,12 +88,14 @@ mod tests {
             thing("/a", "pod 1 ns/p", false),
             thing("/b/c", "", false),
             thing("/d", "", true),
+            thing("7\x1b[2J\nx", "pod 2", false),
         ];
         let expected = "\
-KIND   WHAT  BELONGS TO  REMARK
-netns  /a    pod 1 ns/p
-netns  /b/c  -
-netns  /d    -           removed
+KIND   WHAT     BELONGS TO  REMARK
+netns  /a       pod 1 ns/p
+netns  /b/c     -
+netns  /d       -           removed
+netns  7\u{fffd}[2J\u{fffd}x  pod 2
 ";
         assert_eq!(table(&things), expected);
     }

@@ -52,7 +52,11 @@ const BAD: u8 = 2;
 
 /// The daemon's message is the error; its code adds nothing for people.
 fn status(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
+    match status.message() {
+        // An earlier gantryd says nothing of a request that it does not know.
+        "" => anyhow::anyhow!("{}", status.code().description()),
+        message => anyhow::anyhow!("{message}"),
+    }
 }
 
 fn main() -> ExitCode {

@@ -8,8 +8,8 @@
 //! this is on disk before the segment is.
 //!
 //! So the store's directory is synchronous, as chattr(1) has it with `+S`: each write of sled's, to
-//! whichever file, is on disk in its order before sled goes on. File systems without that flag get
-//! a sync after each flush instead, which leaves the order within one flush to luck.
+//! whichever file, is on disk in its order before sled goes on. File systems without that flag, or
+//! where new files do not inherit it, get a sync after each flush instead, which leaves the order within one flush to luck.
 
 use std::fs::{self, File};
 use std::io;
@@ -51,7 +51,7 @@ impl Disk {
 /// Whether a directory and all below it are synchronous now.
 fn make_synchronous(dir: &Path) -> io::Result<bool> {
     // First the directory: what sled makes from now on is so from its beginning.
-    let mut all = gantry_sys::fs::set_synchronous(File::open(dir)?)?;
+    let mut all = gantry_sys::fs::set_synchronous(File::open(dir)?)? && is_inherited(dir)?;
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let kind = entry.file_type()?;
@@ -65,6 +65,15 @@ fn make_synchronous(dir: &Path) -> io::Result<bool> {
         }
     }
     Ok(all)
+}
+
+/// Whether what is made in a synchronous directory is synchronous: not so on Btrfs.
+fn is_inherited(dir: &Path) -> io::Result<bool> {
+    let path = dir.join("probe");
+    let probe = File::create(&path)?;
+    let inherited = gantry_sys::fs::is_synchronous(&probe);
+    fs::remove_file(&path)?;
+    inherited
 }
 
 /// Makes durable that a name was made or taken away.

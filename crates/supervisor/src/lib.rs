@@ -224,9 +224,9 @@ impl Supervisor {
         let dirs = RunDirs::new(&settings.state, &settings.netns_dir);
         dirs.make()
             .map_err(|error| Error::io("make run directories", &settings.state, &error))?;
-        if let Err(error) = neighbours::announce(&settings.state) {
-            tracing::error!(%error, "other gantryds on this machine do not know of this one");
-        }
+        // Those that do not know of this one would take its things for leftovers.
+        neighbours::announce(&settings.state)
+            .map_err(|error| Error::io("tell other gantryds of", &settings.state, &error))?;
         let records = Records { store, dirs };
         let registry = Registry::default();
         let unreadable = AtomicBool::new(false);

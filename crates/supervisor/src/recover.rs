@@ -393,7 +393,7 @@ fn load(ctx: &Context, unreadable: Unreadable) -> Result<(Vec<Recorded>, Summary
     // By pod: they are in the way of its removal.
     let mut newer: BTreeMap<String, BTreeSet<ContainerId>> = BTreeMap::new();
     for (key, _) in unread_containers.iter().filter(|(_, newer)| **newer) {
-        // Of those whose configuration can be read it says the same.
+        // Where the configuration can be read it names the same pod.
         if let Ok(id) = key.parse::<ContainerId>()
             && let Some(pod) = pod_of_bundle(&ctx.records.dirs.container(&id))
         {
@@ -778,13 +778,11 @@ async fn recover_container(
 /// when a record that cannot be read may belong to them, or another gantryd's.
 fn remove_orphans(ctx: &Context) -> usize {
     let dirs = &ctx.records.dirs;
-    let known = match Known::new(ctx) {
-        Ok(known) => known,
-        Err(error) => {
-            tracing::error!(%error, "what no record names stays");
-            return 0;
-        }
+    let known = || {
+        let told = |error: &Error| tracing::error!(%error, "what no record names stays");
+        Known::new(ctx).inspect_err(told).ok()
     };
+    let Some(own) = known() else { return 0 };
     let mut removed = 0;
     let mut note = |what: &str, name: &str, outcome: Result<(), String>| match outcome {
         Ok(()) => {
@@ -797,7 +795,7 @@ fn remove_orphans(ctx: &Context) -> usize {
         let Ok(id) = name.parse::<ContainerId>() else {
             continue;
         };
-        if known.container(&id).is_none() {
+        if own.container(&id).is_none() {
             let outcome = unmount(ctx, &id)
                 .and_then(|()| rundir::remove_dir(&dirs.container(&id)))
                 .map_err(|error| error.to_string());
@@ -807,7 +805,7 @@ fn remove_orphans(ctx: &Context) -> usize {
     for snapshotter in ctx.snapshotters.iter() {
         match snapshotter.snapshots() {
             Ok(snapshots) => {
-                for id in snapshots.iter().filter(|id| known.container(id).is_none()) {
+                for id in snapshots.iter().filter(|id| own.container(id).is_none()) {
                     let outcome = snapshotter.remove(id).map_err(|error| error.to_string());
                     note("snapshot", id.as_str(), outcome);
                 }
@@ -818,6 +816,8 @@ fn remove_orphans(ctx: &Context) -> usize {
     let pods = names(&dirs.pods()).unwrap_or_default();
     let pods = pods.iter().filter_map(|name| name.parse::<PodId>().ok());
     let pinned = dirs.pinned_netns().unwrap_or_default();
+    // Asked anew: a gantryd that has started since may have pinned some of these.
+    let Some(known) = known() else { return removed };
     for id in pods.chain(pinned) {
         if known.pod(&id).is_none() {
             let facts = orphan_facts(ctx, &id);

@@ -315,8 +315,10 @@ impl Registry {
 impl Maps {
     /// What is not found may be there all the same, and must not be taken for removed.
     fn newer(&self, id: &str, error: Error) -> Error {
-        match (&error, self.newer.get(id)) {
-            (Error::NotFound { .. }, Some(&what)) => Error::State {
+        let newer = || self.newer.iter().find(|(key, _)| key.starts_with(id));
+        let found = (!id.is_empty()).then(newer).flatten();
+        match (&error, found) {
+            (Error::NotFound { .. }, Some((_, &what))) => Error::State {
                 what,
                 id: id.to_owned(),
                 reason: "its record is of a newer gantryd, for which it is kept".to_owned(),
@@ -389,7 +391,12 @@ mod tests {
         registry.keep("container", ["bb".to_owned()].into_iter());
         assert!(matches!(registry.pod("aa"), Err(Error::State { .. })));
         assert!(matches!(registry.container("bb"), Err(Error::State { .. })));
-        assert!(matches!(registry.pod("a"), Err(Error::NotFound { .. })));
+        // As with any other, the beginning will do.
+        assert!(matches!(registry.pod("a"), Err(Error::State { .. })));
+        for unknown in ["", "aaa", "c"] {
+            let answer = registry.pod(unknown);
+            assert!(matches!(answer, Err(Error::NotFound { .. })), "{unknown:?}");
+        }
         assert!(registry.pods().is_empty());
     }
 

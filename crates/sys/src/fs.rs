@@ -259,8 +259,8 @@ pub fn syncfs(file: impl AsFd) -> io::Result<()> {
 }
 
 /// Makes a file or directory synchronous (`FS_SYNC_FL`, ioctl_iflags(2)): whoever changes it from
-/// now on, its change is on disk when the call returns. What is made in such a directory is
-/// synchronous too. Returns false where the file system has no such flag.
+/// now on, its change is on disk when the call returns. On most file systems what is made in such a
+/// directory is synchronous too. Returns false where the file system has no such flag.
 pub fn set_synchronous(file: impl AsFd) -> io::Result<bool> {
     use rfs::IFlags;
     use rustix::io::Errno;
@@ -276,6 +276,11 @@ pub fn set_synchronous(file: impl AsFd) -> io::Result<bool> {
         Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => Ok(false),
         other => Ok(other?),
     }
+}
+
+/// Whether a file is synchronous (`FS_SYNC_FL`).
+pub fn is_synchronous(file: impl AsFd) -> io::Result<bool> {
+    Ok(rfs::ioctl_getflags(file)?.contains(rfs::IFlags::SYNC))
 }
 
 /// Lets the disk begin with a piece of a file that was just written (sync_file_range(2)), so that

@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use gantry_ports::network::Held;
 use gantry_types::PodId;
@@ -25,8 +26,12 @@ use crate::config::Network;
 
 const NAME: &str = "host-local";
 const DATA_DIR: &str = "/var/lib/cni/networks";
-/// Where runtimes that use libcni, all but this one, note the attachments that they have made.
-pub const CACHE_DIR: &str = "/var/lib/cni/results";
+/// Where runtimes that use libcni, all but this one, note the attachments that they have made: its
+/// default, and that of cri-dockerd.
+pub const CACHE_DIRS: [&str; 2] = ["/var/lib/cni/results", "/var/lib/cni/cache/results"];
+/// libcni writes its note when the last plugin of a chain has returned. Until then host-local's file
+/// alone tells of the attachment, so one that is younger than any chain takes may be somebody's.
+const YOUNG: Duration = Duration::from_secs(600);
 /// Held by host-local while it makes and removes files.
 const LOCK: &str = "lock";
 
@@ -67,9 +72,9 @@ pub fn settle(network: &Network) -> Result<(), (PathBuf, io::Error)> {
     Ok(())
 }
 
-/// The addresses that host-local has given to whoever has an id like a pod's. `cache` is
-/// [`CACHE_DIR`]. Blocks on the disk.
-pub fn held(network: &Network, cache: &Path) -> io::Result<Vec<Held>> {
+/// The addresses that host-local has given to whoever has an id like a pod's. `caches` are
+/// [`CACHE_DIRS`]. Blocks on the disk.
+pub fn held(network: &Network, caches: &[&Path]) -> io::Result<Vec<Held>> {
     let mut all = Vec::new();
     for dir in directories(network) {
         let entries = match fs::read_dir(&dir) {
@@ -100,8 +105,10 @@ pub fn held(network: &Network, cache: &Path) -> io::Result<Vec<Held>> {
                     "network {}, which is shared (disableGC)",
                     network.name
                 ))
-            } else if cache.join(note).exists() {
+            } else if caches.iter().any(|cache| cache.join(&note).exists()) {
                 Some("another container runtime".to_owned())
+            } else if is_young(&entry.path()) {
+                Some("whoever is adding it: it is younger than ten minutes".to_owned())
             } else {
                 None
             };
@@ -113,6 +120,13 @@ pub fn held(network: &Network, cache: &Path) -> io::Result<Vec<Held>> {
         }
     }
     Ok(all)
+}
+
+/// Whether a file was written a moment ago; not known is young.
+fn is_young(path: &Path) -> bool {
+    let written = fs::metadata(path).and_then(|file| file.modified());
+    let age = written.map(|time| time.elapsed().unwrap_or_default());
+    age.unwrap_or_default() < YOUNG
 }
 
 /// Where host-local has the addresses of a network: where its configuration says, and where it has
@@ -235,7 +249,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let (mut network, dir) = (network(temp.path()), temp.path().join("test"));
         let cache = temp.path().join("results");
-        assert!(held(&network, &cache).unwrap().is_empty());
+        assert!(held(&network, &[&cache]).unwrap().is_empty());
         let id = |n: u8| PodId::from_random([n; 32]);
         fs::create_dir(&dir).unwrap();
         fs::create_dir(&cache).unwrap();
@@ -249,10 +263,13 @@ mod tests {
             ("last_reserved_ip.0", "10.0.0.3".to_owned()),
         ] {
             fs::write(dir.join(name), content).unwrap();
+            let file = File::options().write(true).open(dir.join(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - YOUNG)
+                .unwrap();
         }
         fs::write(cache.join(format!("test-{}-eth0", id(3))), "{}").unwrap();
         let all = |network: &Network| {
-            let mut all = held(network, &cache).unwrap();
+            let mut all = held(network, &[&cache]).unwrap();
             all.sort_by_key(|held| held.address);
             let all = all.into_iter();
             all.map(|held| (held.address.to_string(), held.pod, held.other.is_some()))
@@ -266,6 +283,9 @@ mod tests {
             own(c.0, c.1, false),
         ];
         assert_eq!(all(&network), expected);
+        // Its note may be still to come.
+        fs::write(dir.join("10.0.0.2"), id(1).to_string()).unwrap();
+        assert_eq!(all(&network)[0], own(a.0, a.1, true));
         network.disable_gc = true;
         assert_eq!(
             all(&network),

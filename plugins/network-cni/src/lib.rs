@@ -276,7 +276,7 @@ impl Network for Cni {
 
     fn held(&self) -> Result<Vec<Held>, gantry_ports::Error> {
         match self.shared.network() {
-            Ok(loaded) => host_local::held(&loaded.network, Path::new(host_local::CACHE_DIR))
+            Ok(loaded) => host_local::held(&loaded.network, &host_local::CACHE_DIRS.map(Path::new))
                 .map_err(|error| gantry_ports::Error::io("list addresses of host-local", error)),
             Err(_) => Ok(Vec::new()),
         }

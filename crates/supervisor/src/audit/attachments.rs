@@ -26,10 +26,9 @@ pub(super) fn list(ctx: &Context) -> Result<Vec<Found>, Error> {
              other,
          }| {
             let place = Place::Attachment(pod.clone(), address.to_string());
-            // One of ours is ours, whoever else may use the network.
             let claim = match other {
-                Some(other) if !ctx.registry.has_pod(&pod) => Claim::Of(other),
-                _ => Claim::Pod(pod),
+                Some(other) => Claim::PodOrOf(pod, other),
+                None => Claim::Pod(pod),
             };
             Found::new(place, address, claim)
         },

@@ -1,7 +1,8 @@
 //! Cgroups, and the processes in them.
 //!
 //! Below the parents of our own configuration all that have names of ours are found. A parent that a
-//! request named may be another runtime's too, so there only those are that a record names.
+//! request named may be another runtime's too, so there only those are that a record names. With the
+//! cgroupfs driver nothing but an id tells ours, and what is deeper was named by a request.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,21 +11,25 @@ use std::path::{Path, PathBuf};
 use gantry_sys::process::{own_process, process_ref};
 
 use super::{Claim, Found, Place};
-use crate::cgroup::{Cgroups, OwnCgroup};
-use crate::pod::cgroup_pids;
+use crate::cgroup::{Cgroups, Driver, OwnCgroup};
+use crate::pod::{FOREIGN, cgroup_pids};
 use crate::{Context, Error};
 
-/// How deep parents may be nested in each other.
+/// How deep slices may be nested in each other.
 const DEPTH: usize = 8;
 
 pub(super) fn list(ctx: &Context) -> Result<Vec<Found>, Error> {
     let cgroups = &ctx.settings.cgroups;
     let hierarchies = &cgroups.mounts;
     let [parent, shims] = cgroups.own_parents()?;
+    let depth = match cgroups.driver {
+        Driver::Cgroupfs => 0,
+        Driver::Systemd => DEPTH,
+    };
     let mut groups = BTreeMap::new();
     for hierarchy in hierarchies {
         for top in [&parent, &shims] {
-            walk(cgroups, hierarchy, top, &shims, DEPTH, &mut groups)?;
+            walk(cgroups, hierarchy, top, &shims, depth, &mut groups)?;
         }
     }
     recorded(ctx, hierarchies, &mut groups);
@@ -34,7 +39,12 @@ pub(super) fn list(ctx: &Context) -> Result<Vec<Found>, Error> {
     let mut all = vec![Found::new(Place::Process(daemon), daemon.pid, claim)];
     for (path, claim) in groups {
         let dirs = dirs(hierarchies, &path);
-        for pid in pids(&dirs)? {
+        let pids = pids(&dirs)?;
+        let claim = match pids.contains(&FOREIGN) {
+            true => Claim::Of("another pid namespace".to_owned()),
+            false => claim,
+        };
+        for pid in pids {
             // Ended since.
             let Ok(process) = process_ref(pid) else {
                 continue;

@@ -65,16 +65,21 @@ impl<'a> Known<'a> {
 
     /// The pod whose id begins so: shims' cgroups are named by half of it.
     pub fn pod_beginning(&self, half: &str) -> Option<String> {
+        // A directory that cannot be read may have it.
+        let untold = std::cell::Cell::new(false);
         let own = self.ctx.registry.pod_beginning(half);
         let owner = own.and_then(|id| self.pod(&id)).or_else(|| {
             let states = [&self.ctx.records.dirs].into_iter().chain(&self.neighbours);
-            let names = states.flat_map(|dirs| names(&dirs.pods()).unwrap_or_default());
+            let names = states.flat_map(|dirs| {
+                let listed = names(&dirs.pods());
+                listed.inspect_err(|_| untold.set(true)).unwrap_or_default()
+            });
             let mut ids = names.filter(|name| name.starts_with(half));
             ids.find_map(|id| self.pod(&id.parse().ok()?))
         });
         let unreadable = &self.ctx.unreadable;
         let unknown = || unreadable.load(std::sync::atomic::Ordering::Acquire);
-        owner.or_else(|| unknown().then(|| UNREADABLE.to_owned()))
+        owner.or_else(|| (untold.get() || unknown()).then(|| UNREADABLE.to_owned()))
     }
 
     /// A record of ours of which there is no object: it cannot be read, or a start is to take it
@@ -91,7 +96,11 @@ impl<'a> Known<'a> {
 
     fn neighbours_with(&self, dir: impl Fn(&RunDirs) -> PathBuf) -> Option<String> {
         let mut neighbours = self.neighbours.iter();
-        let found = neighbours.find(|dirs| dir(dirs).symlink_metadata().is_ok())?;
+        let absent = |path: PathBuf| match path.symlink_metadata() {
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+            Ok(_) => false,
+        };
+        let found = neighbours.find(|dirs| !absent(dir(dirs)))?;
         Some(format!("the gantryd at {}", found.state().display()))
     }
 }

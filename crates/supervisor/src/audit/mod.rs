@@ -64,6 +64,8 @@ pub struct Thing {
 #[derive(Clone, Debug)]
 enum Claim {
     Pod(PodId),
+    /// A pod's if anybody knows it; else this owner's.
+    PodOrOf(PodId, String),
     Container(ContainerId),
     /// A holder's cgroup is named as a container's.
     Either(ContainerId),
@@ -180,11 +182,6 @@ pub(crate) async fn check(ctx: &Arc<Context>, repair: bool) -> Result<Vec<Thing>
             if let (false, Some(failure)) = (thing.removed, failures.get(&place)) {
                 thing.remark.clone_from(failure);
             }
-            let (kind, name, remark) = (thing.kind, &thing.name, &thing.remark);
-            match thing.removed {
-                true => tracing::info!(?kind, name, "removed: it belonged to nobody"),
-                false => tracing::error!(?kind, name, remark, "belongs to nobody and stays"),
-            }
         }
         thing
     });
@@ -223,6 +220,7 @@ fn owner(known: &Known, claim: &Claim) -> Option<String> {
             known.pod(&pod)
         }),
         Claim::Shim(half) => known.pod_beginning(half),
+        Claim::PodOrOf(id, owner) => known.pod(id).or_else(|| Some(owner.clone())),
         Claim::Of(owner) => Some(owner.clone()),
         Claim::Nobody => None,
     }

@@ -30,8 +30,13 @@ pub(super) async fn remove(ctx: &Arc<Context>, orphans: &[Place]) -> HashMap<Pla
     let mut networks = HashMap::new();
     let mut failures = HashMap::new();
     for place in orphans {
-        if let Err(error) = one(ctx, place, &mut networks).await {
-            failures.insert(place.clone(), error.to_string());
+        // Told one by one: whatever becomes of the rest, this has happened.
+        match one(ctx, place, &mut networks).await {
+            Ok(()) => tracing::info!(?place, "removed: it belonged to nobody"),
+            Err(error) => {
+                tracing::error!(?place, %error, "belongs to nobody and stays");
+                failures.insert(place.clone(), error.to_string());
+            }
         }
     }
     failures

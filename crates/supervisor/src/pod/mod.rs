@@ -36,7 +36,7 @@ use crate::{Context, Error};
 pub(crate) use requests::{Awaited, Reply, Request};
 pub(crate) use run::{Asked, check, host_network, hostname, selinux_options};
 pub(crate) use teardown::{
-    cgroup_pids, delete_from_runtime, end_cgroup, end_holder, end_runtime_calls, end_shim,
+    FOREIGN, cgroup_pids, delete_from_runtime, end_cgroup, end_holder, end_runtime_calls, end_shim,
     is_netns, kill, kill_cgroup, release_network, remove_container_cgroup, remove_state, sweep,
     unmount, unpin, wait_gone,
 };

@@ -257,6 +257,13 @@ pub(crate) fn kill_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
         if pids.is_empty() {
             return Ok(());
         }
+        if pids.contains(&FOREIGN) {
+            let message = format!(
+                "{}: it has processes of another pid namespace",
+                dir.display()
+            );
+            return Err(Error::internal("kill cgroup", message));
+        }
         if std::time::Instant::now() >= deadline {
             return Err(Error::internal(
                 "kill cgroup",
@@ -304,6 +311,10 @@ pub(crate) fn end_cgroup(dir: &Path, limit: Duration) -> Result<(), Error> {
     dirs.iter().rev().try_for_each(|dir| remove_cgroup(dir))
 }
 
+/// How `cgroup.procs` tells of a process that has no number in the reader's pid namespace: one of
+/// ours always has.
+pub(crate) const FOREIGN: i32 = 0;
+
 /// Processes of a cgroup and of those below it: with cgroup v2 a container that manages cgroups
 /// of its own has all its processes in those.
 pub(crate) fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
@@ -313,6 +324,8 @@ pub(crate) fn cgroup_pids(dir: &Path) -> Result<Vec<i32>, Error> {
         match std::fs::read_to_string(&path) {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
             Err(error) if vanished(&error) => {}
+            // A threaded cgroup's are told by the one that it is in (cgroups(7)).
+            Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {}
             Err(error) => return Err(Error::io("read cgroup", &path, &error)),
         }
     }
@@ -422,5 +435,18 @@ mod tests {
         pids.sort_unstable();
         assert_eq!(pids, [7, 8, 9]);
         assert!(cgroup_pids(&dir.path().join("gone")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_of_another_pid_namespace_is_not_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cgroup.procs"), "0\n0\n").unwrap();
+        fs::write(dir.path().join("cgroup.kill"), "").unwrap();
+        let error = end_cgroup(dir.path(), Duration::from_secs(1)).unwrap_err();
+        assert!(
+            error.to_string().contains("another pid namespace"),
+            "{error}"
+        );
+        assert_eq!(fs::read(dir.path().join("cgroup.kill")).unwrap(), b"");
     }
 }

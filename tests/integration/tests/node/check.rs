@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use gantry_integration::gantryctl::Gantryctl;
 use gantry_integration::{Fault, Node, Pod, on_failing_node, on_plain_node, sleeper};
@@ -21,6 +22,14 @@ struct Row {
     /// `-`: nobody.
     owner: String,
     remark: String,
+}
+
+/// An address that host-local gave to a pod so long ago that nobody can still be adding it.
+fn given_out(address: &Path, pod: &str) {
+    fs::write(address, format!("{pod}\r\neth0")).unwrap();
+    let file = fs::File::options().write(true).open(address).unwrap();
+    let long_ago = SystemTime::now() - Duration::from_secs(3600);
+    file.set_modified(long_ago).unwrap();
 }
 
 struct Check {
@@ -310,7 +319,7 @@ impl Planted {
             (id(daemon, '5'), "10.127.0.5"),
             (id(daemon, '6'), "10.127.0.6"),
         ] {
-            fs::write(addresses.join(address), format!("{pod}\r\neth0")).unwrap();
+            given_out(&addresses.join(address), &pod);
             add("attachment", address);
         }
 
@@ -481,7 +490,7 @@ fn what_cannot_be_removed_is_told_and_holds_up_nothing() {
         let netns =
             Netns::make(&places.netns_dir.join(format!("gantry-{}", id(daemon, '5')))).unwrap();
         let address = places.ipam_dir.join("gantry-test/10.127.0.5");
-        fs::write(&address, format!("{}\r\neth0", id(daemon, '5'))).unwrap();
+        given_out(&address, &id(daemon, '5'));
         let unknown = places
             .state
             .join("runtime/no-such-handler")
