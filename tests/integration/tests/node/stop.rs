@@ -354,6 +354,13 @@ fn a_cgroup_that_a_killed_runtime_left_goes_with_its_container() {
             let made = of_container();
             assert!(!made.is_empty());
             node.client.stop(&id, 0).await.unwrap();
+            // The runtime is told to delete it when it has ended, and removes its state last.
+            eventually("the runtime has deleted it", async || {
+                let mut runtimes = std::fs::read_dir(places.state.join("runtime")).unwrap();
+                let knows = runtimes.any(|runtime| runtime.unwrap().path().join(&id).exists());
+                (!knows).then_some(())
+            })
+            .await;
             for dir in &made {
                 std::fs::create_dir_all(dir.join("below")).unwrap();
             }
