@@ -163,18 +163,29 @@ impl ImageMounts {
     /// Ends what [`ImageMounts::begin`] began: with the mount there, or without.
     fn end(&self, file: &Path, target: &Path, made: bool) -> Result<(), Error> {
         let mut entries = self.lock();
-        // Whatever fails here, it is busy no more.
-        let mounts = mountinfo::read().unwrap_or_default();
-        entries.retain_mut(|entry| {
-            if !entry.busy || entry.mount.target != target {
-                return true;
-            }
-            entry.busy = false;
-            entry.mount.mount_id = top(&mounts, target).map(|mount| mount.id);
-            made
-        });
-        keep(&mut entries, file, &mounts)
+        ended(&mut entries, file, target, made, mountinfo::read())
     }
+}
+
+/// Whatever fails, the entry is busy no more, and none is dropped for a table that was not read: the
+/// layers of a mounted image would be collected under it.
+fn ended(
+    entries: &mut Vec<Entry>,
+    file: &Path,
+    target: &Path,
+    made: bool,
+    mounts: Result<Vec<MountInfo>, Error>,
+) -> Result<(), Error> {
+    let known = mounts.as_deref().unwrap_or_default();
+    entries.retain_mut(|entry| {
+        if !entry.busy || entry.mount.target != target {
+            return true;
+        }
+        entry.busy = false;
+        entry.mount.mount_id = top(known, target).map(|mount| mount.id);
+        made
+    });
+    keep(entries, file, &mounts?)
 }
 
 /// Drops those that are mounted no more, and writes the rest down.
@@ -383,6 +394,17 @@ mod tests {
         let nowhere = dir.path().join("missing/image-mounts");
         assert!(mounts.begin(&nowhere, mount("/not/begun")).is_err());
         assert!(mounts.lock().is_empty());
+        // A table that cannot be read says nothing of what is mounted.
+        let mut entries: Vec<Entry> = [("/made", true), ("/other", false)]
+            .map(|(target, busy)| Entry {
+                mount: mount(target),
+                busy,
+            })
+            .into();
+        let unread = Err(Error::internal("read the mount table", "no descriptor"));
+        assert!(ended(&mut entries, &file, Path::new("/made"), true, unread).is_err());
+        assert_eq!(entries.len(), 2);
+        assert!(entries.iter().all(|entry| !entry.busy));
         let there = [mount("/there \"quoted\""), with_id("/covered", 31)];
         let gone = [mount("/gone"), with_id("/another-is-there-now", 7)];
         for mount in there.iter().chain(&gone) {
