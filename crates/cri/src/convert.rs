@@ -1,9 +1,10 @@
 //! Views of the supervisor as CRI messages, and the filters of the lists.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use gantry_cri_api::v1 as cri;
-use gantry_images::Image;
+use gantry_images::{Image, Images};
 use gantry_supervisor::registry::{ContainerView, PodView};
 use gantry_types::{ContainerState, PodState};
 
@@ -128,6 +129,19 @@ pub fn container_status(view: &ContainerView, image: Option<&Image>) -> cri::Con
         }
     }
     status
+}
+
+/// Statuses of all of a pod's containers.
+pub fn container_statuses(pod: &PodView, images: &Images) -> Vec<cri::ContainerStatus> {
+    let containers = pod.containers.iter();
+    containers
+        .map(|view| container_status(view, image_of(view, images).as_deref()))
+        .collect()
+}
+
+/// The image that a container was made from, if it is still there.
+pub fn image_of(view: &ContainerView, images: &Images) -> Option<Arc<Image>> {
+    images.status(&view.facts.record.image_id).ok().flatten()
 }
 
 /// Echoed exactly, as the kubelet finds the termination message through them; an image among them

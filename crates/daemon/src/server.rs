@@ -140,6 +140,7 @@ pub async fn run(config: Config) -> Result<()> {
         "recovered"
     );
     gate.open();
+    let events = supervisor.clone();
     // What a killed daemon left of removals and pulls. Nobody waits for it.
     tokio::spawn(async move {
         loop {
@@ -163,6 +164,8 @@ pub async fn run(config: Config) -> Result<()> {
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let _ = stop.send(());
+    // They would never end by themselves.
+    events.registry().close_events();
     if tokio::time::timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
         tracing::warn!("calls under way were cut off");
     }

@@ -8,6 +8,7 @@ mod cgroup;
 mod clock;
 mod container;
 mod error;
+pub mod events;
 mod failpoint;
 mod forward;
 pub mod host;

@@ -27,6 +27,7 @@ use crate::audit::known::Known;
 use crate::container::{
     Container, half_made, lost_exit, read_exit, remove_files, unknown_exit, unmount,
 };
+use crate::events::{Life, Told};
 use crate::pod::{
     Driver, MAILBOX, Msg, blocking, end_holder, end_runtime_calls, end_shim, kill, release_network,
     sweep,
@@ -669,7 +670,9 @@ async fn adopt(
 ) {
     let id = pod.facts.id.clone();
     let mut status = pod.status;
-    let changed = pod_state(&status) != state;
+    let recorded = pod_state(&status);
+    let told = told(&recorded, &pod.containers);
+    let changed = recorded != state;
     set_pod_state(&mut status, &state);
     if changed {
         let (ctx, id, status) = (Arc::clone(ctx), id.clone(), status.clone());
@@ -702,7 +705,7 @@ async fn adopt(
         let reserved = Reserved { id, config_hash };
         let ready = driver.state.is_ready();
         ctx.registry
-            .adopt(PodName::from(metadata), reserved, ready, mailbox);
+            .adopt(PodName::from(metadata), reserved, ready, told, mailbox);
     }
     driver.prepare_for_loss();
     driver.publish();
@@ -710,6 +713,27 @@ async fn adopt(
         driver.finish_earlier_start(&id);
     }
     tokio::spawn(driver.run(messages));
+}
+
+/// What an earlier daemon has shown of a pod, as far as the records say: what has become of it since
+/// is told to subscribers.
+fn told(
+    pod: &PodState,
+    containers: &[(Arc<ContainerFacts>, record::ContainerStatus)],
+) -> Option<Told> {
+    if *pod == PodState::Creating {
+        return None;
+    }
+    let now = crate::clock::now_ns();
+    let states = containers
+        .iter()
+        .map(|(facts, status)| (&facts.id, container_state(status)))
+        .filter(|(_, state)| *state != ContainerState::Creating);
+    let lives = states.map(|(id, state)| (id.clone(), Life::of_record(&state, now)));
+    Some(Told {
+        ready: pod.is_ready(),
+        containers: lives.collect(),
+    })
 }
 
 /// Containers that an earlier daemon had started and whose start has not ended: nobody would

@@ -11,6 +11,7 @@ use gantry_types::{ContainerId, ContainerState, PodId, PodState};
 use tokio::sync::mpsc;
 
 use crate::Error;
+use crate::events::{Events, Subscription, Told};
 use crate::pod::Msg;
 
 /// What a pod was asked to be; never changes.
@@ -94,6 +95,8 @@ struct Entry {
     mailbox: mpsc::Sender<Msg>,
     /// `None` while half made: such a pod is reached by its name alone.
     view: Option<Arc<PodView>>,
+    /// What subscribers to events know of it.
+    told: Option<Told>,
 }
 
 /// A name in use, and by what.
@@ -118,6 +121,8 @@ struct Maps {
 #[derive(Default)]
 pub struct Registry {
     maps: RwLock<Maps>,
+    /// Filled under the lock of `maps`: in the order in which readers see what they tell.
+    events: Events,
 }
 
 impl Registry {
@@ -150,6 +155,7 @@ impl Registry {
             Entry {
                 mailbox,
                 view: None,
+                told: None,
             },
         );
         maps.names.insert(name, new);
@@ -170,12 +176,13 @@ impl Registry {
     }
 
     /// Adds a recovered pod. A name that two records claim goes to the one that is ready: what a
-    /// repeated RunPodSandbox must find.
+    /// repeated RunPodSandbox must find. `told` is what an earlier daemon has shown of it.
     pub(crate) fn adopt(
         &self,
         name: PodName,
         pod: Reserved,
         ready: bool,
+        told: Option<Told>,
         mailbox: mpsc::Sender<Msg>,
     ) {
         let mut maps = self.write();
@@ -184,6 +191,7 @@ impl Registry {
             Entry {
                 mailbox,
                 view: None,
+                told,
             },
         );
         if ready {
@@ -201,6 +209,9 @@ impl Registry {
             return;
         };
         let before = entry.view.replace(Arc::clone(&view));
+        let now = Told::of(&view);
+        self.events.published(entry.told.as_ref(), &now, &view);
+        entry.told = Some(now);
         for container in before.iter().flat_map(|before| &before.containers) {
             maps.containers.remove(&container.facts.id);
         }
@@ -216,9 +227,24 @@ impl Registry {
         for container in view.iter().flat_map(|view| &view.containers) {
             maps.containers.remove(&container.facts.id);
         }
+        if let Some(view) = &view {
+            self.events.removed(view);
+        }
         if maps.names.get(name).is_some_and(|holder| holder.id == *id) {
             maps.names.remove(name);
         }
+    }
+
+    /// What happens from now on, and what nobody has heard of yet.
+    pub fn subscribe(&self) -> Result<Subscription, Error> {
+        let maps = self.read();
+        let view = |id: &PodId| maps.pods.get(id).and_then(|entry| entry.view.clone());
+        self.events.subscribe(view)
+    }
+
+    /// Ends all subscriptions, and those that are still to come.
+    pub fn close_events(&self) {
+        self.events.close();
     }
 
     pub(crate) fn mailbox(&self, id: &PodId) -> Option<mpsc::Sender<Msg>> {

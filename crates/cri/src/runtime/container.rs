@@ -1,11 +1,9 @@
 //! The calls on containers.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_cri_api::v1 as cri;
-use gantry_images::Image;
 use gantry_supervisor::registry::ContainerView;
 use gantry_types::ContainerState;
 use serde_json::json;
@@ -86,11 +84,12 @@ impl Runtime {
 
     pub(super) fn list(&self, filter: Option<cri::ContainerFilter>) -> Vec<cri::Container> {
         let filter = filter.unwrap_or_default();
+        let images = self.supervisor.images();
         let pods = self.supervisor.registry().pods();
         pods.iter()
             .flat_map(|pod| &pod.containers)
             .filter(|view| convert::container_matches(&filter, view))
-            .map(|view| convert::container(view, self.image_of(view).as_deref()))
+            .map(|view| convert::container(view, convert::image_of(view, images).as_deref()))
             .collect()
     }
 
@@ -107,7 +106,7 @@ impl Runtime {
         if request.verbose {
             info.insert("info".to_owned(), self.container_info(&view).to_string());
         }
-        let image = self.image_of(&view);
+        let image = convert::image_of(&view, self.supervisor.images());
         Ok(cri::ContainerStatusResponse {
             status: Some(convert::container_status(&view, image.as_deref())),
             info,
@@ -133,15 +132,6 @@ impl Runtime {
             "config": crate::json::of("ContainerConfig", &view.facts.config),
             "runtimeSpec": spec.unwrap_or_default(),
         })
-    }
-
-    /// The image that a container was made from, if it is still there.
-    pub(super) fn image_of(&self, view: &ContainerView) -> Option<Arc<Image>> {
-        self.supervisor
-            .images()
-            .status(&view.facts.record.image_id)
-            .ok()
-            .flatten()
     }
 }
 

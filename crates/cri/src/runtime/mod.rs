@@ -1,6 +1,7 @@
 //! RuntimeService: one line a call here, the work of a group of calls in the module named for it.
 
 mod container;
+mod events;
 mod exec;
 mod node;
 mod pod_sandbox;
@@ -280,16 +281,13 @@ impl RuntimeService for Runtime {
         ))
     }
 
-    type GetContainerEventsStream = None<cri::ContainerEventResponse>;
+    type GetContainerEventsStream = events::Events;
 
     async fn get_container_events(
         &self,
         _: Request<cri::GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        Err(unimplemented(
-            "GetContainerEvents",
-            "the kubelet lists instead",
-        ))
+        self.container_events().map(Response::new)
     }
 
     async fn list_metric_descriptors(

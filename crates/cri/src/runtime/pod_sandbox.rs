@@ -47,6 +47,9 @@ impl Runtime {
         &self,
         request: &cri::PodSandboxStatusRequest,
     ) -> Result<cri::PodSandboxStatusResponse, Status> {
+        // Before the look: a kubelet that relies on events takes what is newer by these times, and an
+        // event of a change that this look did not see must not seem older than it.
+        let timestamp = gantry_supervisor::now_ns();
         let view = self
             .supervisor
             .registry()
@@ -56,19 +59,11 @@ impl Runtime {
         if request.verbose {
             info.insert("info".to_owned(), self.pod_info(&view).to_string());
         }
-        let containers_statuses = view
-            .containers
-            .iter()
-            .map(|container| {
-                let image = self.image_of(container);
-                convert::container_status(container, image.as_deref())
-            })
-            .collect();
         Ok(cri::PodSandboxStatusResponse {
             status: Some(convert::pod_status(&view)),
             info,
-            containers_statuses,
-            timestamp: 0,
+            containers_statuses: convert::container_statuses(&view, self.supervisor.images()),
+            timestamp,
         })
     }
 

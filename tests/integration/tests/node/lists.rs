@@ -383,10 +383,6 @@ fn calls_of_later_days_are_unimplemented() {
                 .checkpoint_container(v1::CheckpointContainerRequest::default())
                 .await
                 .map(drop),
-            client
-                .get_container_events(v1::GetEventsRequest::default())
-                .await
-                .map(drop),
         ];
         for answer in codes {
             let error = answer.unwrap_err();

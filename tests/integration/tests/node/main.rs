@@ -9,6 +9,7 @@ mod check;
 mod containers;
 mod crossing;
 mod devices;
+mod events;
 mod exec;
 mod gantryctl;
 mod images;
