@@ -159,7 +159,7 @@ fn mounts(view: &ContainerView) -> Vec<cri::Mount> {
 }
 
 /// The image as asked for, under a name that people know.
-fn image_spec(view: &ContainerView, image: Option<&Image>) -> cri::ImageSpec {
+pub fn image_spec(view: &ContainerView, image: Option<&Image>) -> cri::ImageSpec {
     let mut spec = view.facts.config.image.clone().unwrap_or_default();
     let known = image.and_then(|image| image.tags.first().or(image.digests.first()));
     if let Some(name) = known {

@@ -27,6 +27,11 @@ impl Gate {
     }
 }
 
+/// What a closed gate answers.
+pub fn recovering() -> Status {
+    Status::unavailable("gantryd is recovering")
+}
+
 /// Told of every RPC when it ends; metrics hang here.
 pub trait Observer: Send + Sync + 'static {
     fn observe(&self, method: &str, code: Code, elapsed: Duration);
@@ -110,7 +115,7 @@ where
         let began = Instant::now();
         let answer = async move {
             let response = if !layer.gate.is_open() {
-                Status::unavailable("gantryd is recovering").into_http()
+                recovering().into_http()
             } else {
                 match limit {
                     None => inner.call(request).await?,

@@ -2,6 +2,7 @@
 //! errors. The only crate, beside the generated code, that knows gRPC.
 
 mod admin;
+mod containerd;
 mod convert;
 mod image;
 mod json;
@@ -12,6 +13,7 @@ mod status;
 mod stream;
 
 pub use admin::Admin;
+pub use containerd::ContainerdFace;
 pub use image::Images;
 pub use layer::{Gate, Observer, RpcLayer};
 pub use node::Node;

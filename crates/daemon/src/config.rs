@@ -38,6 +38,7 @@ pub struct Config {
     pub socket: PathBuf,
     /// gantry-shim; empty: beside gantryd, then in PATH.
     pub shim: PathBuf,
+    pub cadvisor: Cadvisor,
     pub log: Log,
     pub cgroup: Cgroup,
     pub network: Network,
@@ -45,6 +46,20 @@ pub struct Config {
     pub runtime: Runtime,
     pub streaming: Streaming,
     pub timeouts: Timeouts,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cadvisor {
+    /// A unix socket on which cAdvisor is answered as by a containerd; empty: none.
+    pub socket: PathBuf,
+}
+
+impl Cadvisor {
+    /// Where to listen, if anywhere.
+    pub fn socket(&self) -> Option<&PathBuf> {
+        Some(&self.socket).filter(|path| !path.as_os_str().is_empty())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -237,6 +252,7 @@ impl Default for Config {
             state: "/run/gantry".into(),
             socket: "/run/gantry/gantry.sock".into(),
             shim: PathBuf::new(),
+            cadvisor: Cadvisor::default(),
             log: Log::default(),
             cgroup: Cgroup::default(),
             network: Network::default(),
@@ -423,7 +439,9 @@ impl Config {
             ("network.conf_dir", &self.network.conf_dir),
             ("network.netns_dir", &self.network.netns_dir),
         ];
-        for (key, path) in dirs {
+        let cadvisor = self.cadvisor.socket().map(PathBuf::as_path);
+        let cadvisor = cadvisor.map(|socket| ("cadvisor.socket", socket));
+        for (key, path) in dirs.into_iter().chain(cadvisor) {
             if !path.is_absolute() {
                 let reason = format!("{} is not an absolute path", path.display());
                 return Err(Error::Invalid { key, reason });
@@ -433,6 +451,7 @@ impl Config {
         // that of a shim.
         for (key, length) in [
             ("socket", self.socket.as_os_str().len()),
+            ("cadvisor.socket", self.cadvisor.socket.as_os_str().len()),
             (
                 "state",
                 self.state.as_os_str().len() + "/pods//shim.sock".len() + 64,
@@ -443,6 +462,12 @@ impl Config {
                     format!("makes a socket path of {length} bytes; unix sockets end at 107");
                 return Err(Error::Invalid { key, reason });
             }
+        }
+        if self.cadvisor.socket == self.socket {
+            return Err(Error::Invalid {
+                key: "cadvisor.socket",
+                reason: "is the CRI socket".to_owned(),
+            });
         }
         for limit in &self.runtime.default_ulimits {
             gantry_spec::rlimit::parse(limit, u64::MAX).map_err(|reason| Error::Invalid {
@@ -832,6 +857,11 @@ mod tests {
         for (text, key) in [
             ("root = 'relative'", "root"),
             ("[images]\nroot = 'relative'", "images.root"),
+            ("[cadvisor]\nsocket = 'relative'", "cadvisor.socket"),
+            (
+                "socket = '/s'\n[cadvisor]\nsocket = '/s'",
+                "cadvisor.socket",
+            ),
             (
                 "[streaming]\ntls = 'files'\nkey = '/k'",
                 "streaming.certificate",

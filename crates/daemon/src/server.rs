@@ -8,7 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use gantry_admin_api::v1::images_server::ImagesServer;
 use gantry_admin_api::v1::node_server::NodeServer;
-use gantry_cri::{Conditions, Gate, RpcLayer};
+use gantry_containerd_api::services::containers::v1::containers_server::ContainersServer;
+use gantry_containerd_api::services::tasks::v1::tasks_server::TasksServer;
+use gantry_containerd_api::services::version::v1::version_server::VersionServer;
+use gantry_cri::{Conditions, ContainerdFace, Gate, RpcLayer};
 use gantry_cri_api::v1::image_service_server::ImageServiceServer;
 use gantry_cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use gantry_images::Images;
@@ -21,6 +24,7 @@ use gantry_streaming::Certificate;
 use gantry_supervisor::host::APPARMOR_DEFAULT;
 use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Host, Settings, Supervisor, Timeouts};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
@@ -55,6 +59,13 @@ pub async fn run(config: Config) -> Result<()> {
     // comes early is told to wait.
     let listener = socket::listen(&config.socket)
         .with_context(|| format!("listen on {}", config.socket.display()))?;
+    let cadvisor = match config.cadvisor.socket() {
+        Some(path) => Some(
+            socket::listen(path)
+                .with_context(|| format!("cadvisor.socket: listen on {}", path.display()))?,
+        ),
+        None => None,
+    };
     let gate = Gate::default();
 
     let store_dir = config.root.join("store");
@@ -116,15 +127,28 @@ pub async fn run(config: Config) -> Result<()> {
         )))
         .add_service(NodeServer::new(gantry_cri::Node::new(supervisor.clone())));
 
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = tokio::spawn(async move {
+    let (stop, stopped) = watch::channel(());
+    let serving = tokio::spawn(
+        server
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), told(stopped.clone())),
+    );
+    if let Some(listener) = cadvisor {
+        let face = ContainerdFace::new(supervisor.clone(), gate.clone());
+        // Its calls are few and of the kubelet's own process: they have no layer around them.
+        let server = Server::builder()
+            .add_service(ContainersServer::new(face.clone()))
+            .add_service(TasksServer::new(face.clone()))
+            .add_service(VersionServer::new(face));
         let incoming = UnixListenerStream::new(listener);
-        let stopped = async {
-            // A dropped sender stops us just as well.
-            let _ = stopped.await;
-        };
-        server.serve_with_incoming_shutdown(incoming, stopped).await
-    });
+        tokio::spawn(async move {
+            if let Err(error) = server
+                .serve_with_incoming_shutdown(incoming, told(stopped))
+                .await
+            {
+                tracing::error!(%error, "cadvisor.socket is served no more");
+            }
+        });
+    }
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -163,7 +187,7 @@ pub async fn run(config: Config) -> Result<()> {
         _ = interrupt.recv() => tracing::info!("SIGINT: pods are left as they are"),
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    let _ = stop.send(());
+    drop(stop);
     // They would never end by themselves.
     events.registry().close_events();
     if tokio::time::timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
@@ -174,10 +198,17 @@ pub async fn run(config: Config) -> Result<()> {
     let kill = Duration::from_secs(1);
     streaming.shutdown(grace.min(SHUTDOWN_LIMIT) + kill).await;
     // The next daemon need not tell a stale socket from a live one.
-    if let Err(error) = std::fs::remove_file(&config.socket) {
-        tracing::warn!(path = %config.socket.display(), %error, "socket not removed");
+    for socket in std::iter::once(&config.socket).chain(config.cadvisor.socket()) {
+        if let Err(error) = std::fs::remove_file(socket) {
+            tracing::warn!(path = %socket.display(), %error, "socket not removed");
+        }
     }
     Ok(())
+}
+
+/// Ends when the other end is dropped.
+async fn told(mut stopped: watch::Receiver<()>) {
+    while stopped.changed().await.is_ok() {}
 }
 
 fn private_dir(path: &Path, mode: u32) -> Result<()> {

@@ -398,14 +398,11 @@ impl Supervisor {
             let facts = Arc::new(self.pod_facts(&config, &handler, config_hash)?);
             self.take_back(&name).await;
             let (mailbox, messages) = mpsc::channel(MAILBOX);
-            let new = Reserved {
-                id: facts.id.clone(),
-                config_hash,
-            };
+            let new = Arc::clone(&facts);
             let reserved = self
                 .ctx
                 .registry
-                .reserve(name.clone(), new, mailbox.clone());
+                .reserve(name.clone(), new, config_hash, mailbox.clone());
             if reserved.is_err() {
                 // Somebody was quicker: join.
                 continue;

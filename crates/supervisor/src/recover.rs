@@ -33,7 +33,7 @@ use crate::pod::{
     sweep,
 };
 use crate::records::{container_state, pod_state, set_container_state, set_pod_state};
-use crate::registry::{ContainerFacts, PodFacts, PodName, Reserved};
+use crate::registry::{ContainerFacts, PodFacts, PodName};
 use crate::rundir::{self, RunRecord, names, read_record};
 use crate::shim::Shim;
 use crate::{Context, Error};
@@ -702,10 +702,10 @@ async fn adopt(
             .as_slice()
             .try_into()
             .unwrap_or_default();
-        let reserved = Reserved { id, config_hash };
-        let ready = driver.state.is_ready();
+        let name = PodName::from(metadata);
+        let (facts, ready) = (Arc::clone(&pod.facts), driver.state.is_ready());
         ctx.registry
-            .adopt(PodName::from(metadata), reserved, ready, told, mailbox);
+            .adopt(name, facts, config_hash, ready, told, mailbox);
     }
     driver.prepare_for_loss();
     driver.publish();

@@ -92,6 +92,7 @@ impl std::fmt::Display for PodName {
 }
 
 struct Entry {
+    facts: Arc<PodFacts>,
     mailbox: mpsc::Sender<Msg>,
     /// `None` while half made: such a pod is reached by its name alone.
     view: Option<Arc<PodView>>,
@@ -143,22 +144,25 @@ impl Registry {
     pub(crate) fn reserve(
         &self,
         name: PodName,
-        new: Reserved,
+        new: Arc<PodFacts>,
+        config_hash: [u8; 32],
         mailbox: mpsc::Sender<Msg>,
     ) -> Result<(), Reserved> {
         let mut maps = self.write();
         if let Some(holder) = maps.names.get(&name) {
             return Err(holder.clone());
         }
+        let id = new.id.clone();
         maps.pods.insert(
-            new.id.clone(),
+            id.clone(),
             Entry {
+                facts: new,
                 mailbox,
                 view: None,
                 told: None,
             },
         );
-        maps.names.insert(name, new);
+        maps.names.insert(name, Reserved { id, config_hash });
         Ok(())
     }
 
@@ -180,15 +184,22 @@ impl Registry {
     pub(crate) fn adopt(
         &self,
         name: PodName,
-        pod: Reserved,
+        facts: Arc<PodFacts>,
+        config_hash: [u8; 32],
         ready: bool,
         told: Option<Told>,
         mailbox: mpsc::Sender<Msg>,
     ) {
         let mut maps = self.write();
+        let id = facts.id.clone();
+        let pod = Reserved {
+            id: id.clone(),
+            config_hash,
+        };
         maps.pods.insert(
-            pod.id.clone(),
+            id,
             Entry {
+                facts,
                 mailbox,
                 view: None,
                 told,
@@ -255,6 +266,13 @@ impl Registry {
     /// left.
     pub(crate) fn has_pod(&self, id: &PodId) -> bool {
         self.read().pods.contains_key(id)
+    }
+
+    /// What a pod was asked to be, as long as [`Registry::has_pod`]: its cgroup is there before the
+    /// pod is shown.
+    pub fn pod_facts(&self, id: &PodId) -> Option<Arc<PodFacts>> {
+        let maps = self.read();
+        maps.pods.get(id).map(|entry| Arc::clone(&entry.facts))
     }
 
     /// As [`Registry::has_pod`], for the pod whose id begins so.
@@ -435,25 +453,22 @@ mod tests {
             uid: "u".into(),
             attempt: 0,
         };
-        let reserved = |n: u8| Reserved {
-            id: PodId::from_random([n; 32]),
-            config_hash: [n; 32],
-        };
+        let id = |n: u8| PodId::from_random([n; 32]);
         let (mailbox, _receiver) = mpsc::channel(1);
-        registry
-            .reserve(name.clone(), reserved(1), mailbox.clone())
-            .unwrap();
-        let holder = registry
-            .reserve(name.clone(), reserved(2), mailbox.clone())
-            .unwrap_err();
-        assert_eq!(holder.id, reserved(1).id);
-        registry.release_name(&name, &reserved(2).id);
-        assert!(
-            registry
-                .reserve(name.clone(), reserved(2), mailbox.clone())
-                .is_err()
-        );
-        registry.release_name(&name, &reserved(1).id);
-        registry.reserve(name, reserved(2), mailbox).unwrap();
+        let reserve = |n: u8| {
+            let facts = PodFacts {
+                id: id(n),
+                config: Default::default(),
+                record: Default::default(),
+            };
+            registry.reserve(name.clone(), Arc::new(facts), [n; 32], mailbox.clone())
+        };
+        reserve(1).unwrap();
+        assert_eq!(reserve(2).unwrap_err().id, id(1));
+        registry.release_name(&name, &id(2));
+        assert!(reserve(2).is_err());
+        registry.release_name(&name, &id(1));
+        reserve(2).unwrap();
+        assert!(registry.pod_facts(&id(2)).is_some() && registry.pods().is_empty());
     }
 }

@@ -4,6 +4,7 @@
 
 mod adopted;
 mod advisories;
+mod cadvisor;
 mod chaos;
 mod check;
 mod containers;

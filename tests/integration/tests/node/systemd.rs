@@ -12,7 +12,7 @@ use gantry_testkit::daemon::{self, Options};
 use tonic::Code;
 
 /// As `on_node`, with the systemd driver.
-fn on_systemd_node(name: &str, options: Options, test: impl AsyncFnOnce(&mut Node)) {
+pub fn on_systemd_node(name: &str, options: Options, test: impl AsyncFnOnce(&mut Node)) {
     let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
     if !unified || !Path::new("/run/systemd/system").is_dir() {
         println!("SKIP {name}: systemd does not run this machine, or not with cgroup v2");
