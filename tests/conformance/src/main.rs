@@ -51,6 +51,9 @@ struct Suite {
     /// OCI runtime to run containers with
     #[arg(long, value_name = "FILE")]
     runtime: PathBuf,
+    /// With the systemd cgroup driver: systemd must run this machine, on cgroup v2
+    #[arg(long)]
+    systemd: bool,
     /// Directory with the packages that `packages` names
     #[arg(long, value_name = "DIR")]
     packages: PathBuf,
@@ -182,7 +185,11 @@ impl Suite {
             "[runtime]\ndefault = \"tested\"\n[runtime.handlers.tested]\nbinary = {:?}\n",
             self.runtime
         );
-        Ok(Daemon::start(Options::default().config(&config))?)
+        let mut options = Options::default().config(&config);
+        if self.systemd {
+            options = options.systemd();
+        }
+        Ok(Daemon::start(options)?)
     }
 
     /// One run of the suite, and what it left.

@@ -1,0 +1,214 @@
+# What deploy/run --install and --uninstall do: a node for a cluster. Sourced by deploy/run, which
+# has the paths. By package on Debian and Ubuntu, elsewhere by copying files to where deploy/run has
+# them too.
+
+PACKAGED=/usr/bin
+CONFIG=/etc/gantry/config.toml
+MODULES=/etc/modules-load.d/gantry.conf
+SYSCTLS=/etc/sysctl.d/60-gantry.conf
+
+# What dpkg knows of the package gantry: installed, config-files, nothing.
+package_state() { ! have dpkg-query || dpkg-query -W -f '${db:Status-Status}' gantry 2>/dev/null || true; }
+
+# Refuses a file that is no package of ours, for this machine.
+check_package() {
+    local name architecture
+    [ -r "$1" ] || die "--package: cannot read $1"
+    name=$(dpkg-deb -f "$1" Package 2>/dev/null) || die "--package: $1 is not a Debian package"
+    [ "$name" = gantry ] || die "--package: $1 is the package $name, not gantry"
+    architecture=$(dpkg-deb -f "$1" Architecture)
+    [ "$architecture" = "$(dpkg --print-architecture)" ] || die "--package: $1 is for $architecture"
+}
+
+install_package() {
+    local package options
+    package=$(realpath "$1")
+    say "installing $(dpkg-deb -f "$package" Package Version | paste -sd ' ')"
+    export DEBIAN_FRONTEND=noninteractive
+    # Configuration that was changed is kept, without a question. --reinstall: the same version may
+    # have been built anew.
+    options=(-q -y --reinstall --allow-downgrades -o Dpkg::Use-Pty=0
+        -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold)
+    apt-get install "${options[@]}" "$package" && return
+    # What it depends on may have to be fetched, by package lists that are absent or stale.
+    apt-get update -qq
+    apt-get install "${options[@]}" "$package"
+}
+
+# What deploy/run has put into /usr/local makes way for the package: its unit goes before the
+# package's. Pods do not notice.
+replace_files() {
+    [ -e "$UNIT" ] || [ -e "$DAEMON" ] || return 0
+    say "the package takes the place of $DAEMON; pods run on"
+    if cmp -s <(unit) "$UNIT"; then
+        rm "$UNIT"
+    elif [ -e "$UNIT" ]; then
+        mv "$UNIT" "$UNIT.old"
+        say "kept $UNIT.old: it was changed, or is of another version"
+    fi
+    systemctl daemon-reload
+    # The link that enables it leads to the file that is gone.
+    systemctl reenable --quiet gantry.service
+    systemctl restart gantry.service
+    rm -f "$DAEMON" "$CTL" "$BIN/gantry-shim"
+    [ ! -e "$CONFLIST" ] || say "kept $CONFLIST: remove it when the cluster brings a network of its own"
+}
+
+# Copies $1 to $2 unless there is one.
+install_absent() {
+    if [ -e "$2" ]; then
+        cmp -s "$1" "$2" || say "kept $2: it was changed"
+    else
+        install -D -m 644 "$1" "$2"
+    fi
+}
+
+install_files() {
+    if [ -n "${GANTRY_BIN:-}" ]; then
+        install_programs "$GANTRY_BIN"/{gantryd,gantryctl,gantry-shim} "$BIN"
+    else
+        ensure_rust
+        build_release "$BIN"
+    fi
+    mkdir -p "${CONFIG%/*}"/{conf.d,certs.d}
+    install_absent "$REPO/deploy/config.toml" "$CONFIG"
+    install_absent "$REPO/deploy/modules.conf" "$MODULES"
+    install_absent "$REPO/deploy/sysctl.conf" "$SYSCTLS"
+    if have aa-enabled && aa-enabled --quiet; then
+        install_absent "$REPO/deploy/apparmor/gantry-default" /etc/apparmor.d/gantry-default
+        apparmor_parser --replace /etc/apparmor.d/gantry-default
+    fi
+    systemctl restart systemd-modules-load.service systemd-sysctl.service ||
+        say "modules or sysctls of pods could not be set: see systemctl status systemd-modules-load systemd-sysctl"
+    start_daemon
+}
+
+# One line for each thing that a node for pods needs: 'ok', or 'look' with what to do.
+check_node() {
+    local runtime found="" profile
+    say "this node"
+    if [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ]; then
+        echo "ok    cgroup v2, systemd driver"
+    else
+        echo "look  cgroup v1: gantry works with it, kubelets of today do not (failCgroupV1)"
+    fi
+    for runtime in runc crun; do
+        if have $runtime; then echo "ok    $($runtime --version | head -n 1)"; found=yes; fi
+    done
+    [ -n "$found" ] || echo "look  neither runc nor crun is here: no container can run"
+    if grep -qw overlay /proc/filesystems; then
+        echo "ok    overlayfs"
+    else
+        echo "look  the kernel has no overlayfs: set images.snapshotter to native"
+    fi
+    if [ -e /proc/sys/net/bridge/bridge-nf-call-iptables ]; then
+        echo "ok    br_netfilter"
+    else
+        echo "look  the module br_netfilter is not loaded: services may not work between pods of one node"
+    fi
+    if [ "$(cat /proc/sys/net/ipv4/ip_forward)" = 1 ]; then
+        echo "ok    net.ipv4.ip_forward"
+    else
+        echo "look  net.ipv4.ip_forward is 0: pods reach nobody"
+    fi
+    if [ "$(wc -l </proc/swaps)" -gt 1 ]; then
+        echo "look  swap is on: a kubelet needs failSwapOn: false, or swapoff"
+    else
+        echo "ok    no swap"
+    fi
+    if cni_bin_dir >/dev/null; then
+        echo "ok    CNI plugins in $(cni_bin_dir)"
+    else
+        echo "look  no CNI plugins in /opt/cni/bin or /usr/lib/cni; the cluster's network may bring its own"
+    fi
+    if compgen -G "$CNI_CONF/*.conf" >/dev/null || compgen -G "$CNI_CONF/*.conflist" >/dev/null; then
+        echo "ok    CNI configuration in $CNI_CONF"
+    else
+        echo "look  no CNI configuration in $CNI_CONF: the node is not ready until the cluster brings one"
+    fi
+    if have aa-enabled && aa-enabled --quiet; then
+        profile=$(grep -c '^gantry-default ' /sys/kernel/security/apparmor/profiles || true)
+        if [ "$profile" -gt 0 ]; then
+            echo "ok    AppArmor, with the profile gantry-default"
+        else
+            echo "look  the AppArmor profile gantry-default is not loaded: RuntimeDefault means none"
+        fi
+    fi
+}
+
+print_kubelet() {
+    cat <<END
+
+gantry.service is up on unix://$SOCKET, now and after each boot. The kubelet of this node:
+
+  --container-runtime-endpoint=unix://$SOCKET     or containerRuntimeEndpoint of its configuration
+  --runtime-cgroups=/system.slice/gantry.service
+  cgroupDriver: systemd                            needed before Kubernetes 1.28; since then gantry tells it
+  kubeadm: --cri-socket unix://$SOCKET
+
+Configuration: $CONFIG, then: systemctl restart gantry. Upgrades and removal: docs/operations.md.
+END
+}
+
+# $1: a package, or nothing to build it. $2: yes to copy files even where there is dpkg.
+install_node() {
+    local package=$1 files=$2
+    under_systemd || die "--install: systemd does not run this machine, so nothing would start gantry at boot"
+    if is_debian && [ "$files" = no ]; then
+        if [ -z "$package" ]; then package=$("$REPO/deploy/package" | tail -n 1); fi
+        check_package "$package"
+        install_package "$package"
+        replace_files
+        systemctl enable --quiet gantry.service
+        systemctl is-active --quiet gantry.service || systemctl start gantry.service
+        DAEMON=$PACKAGED/gantryd CTL=$PACKAGED/gantryctl
+    else
+        [ -z "$package" ] || die "--package: not with --files, and not without apt-get"
+        [ "$(package_state)" != installed ] || die "gantry is installed as a package: sudo deploy/run --uninstall goes before"
+        install_files
+    fi
+    wait_ready "$SOCKET" "$(daemon_pid)" ""
+    check_node
+    print_kubelet
+}
+
+# Stops the daemon and takes away what --install has brought; pods run on. $1: yes also for
+# configuration and data, if no pods are left.
+uninstall_node() {
+    local purge=$1 state
+    state=$(package_state)
+    case $state-$purge in
+        installed-no) dpkg --remove gantry ;;
+        installed-yes | config-files-yes) dpkg --purge gantry ;;
+        *)
+            if [ ! -e "$UNIT" ] && [ ! -e "$DAEMON" ] && [ "$purge" = no ]; then say "gantry is not installed"; return; fi
+            uninstall_files "$purge"
+            ;;
+    esac
+}
+
+# Removes $2 if it is what $1 is.
+remove_unchanged() {
+    [ -e "$2" ] || return 0
+    if cmp -s "$1" "$2"; then rm "$2"; else say "kept $2: it was changed"; fi
+}
+
+uninstall_files() {
+    local purge=$1 pods
+    ! under_systemd || [ ! -e "$UNIT" ] || systemctl disable --quiet --now gantry.service
+    remove_unit
+    rm -f "$DAEMON" "$CTL" "$BIN/gantry-shim"
+    remove_unchanged "$REPO/deploy/modules.conf" "$MODULES"
+    remove_unchanged "$REPO/deploy/sysctl.conf" "$SYSCTLS"
+    remove_unchanged "$REPO/deploy/apparmor/gantry-default" /etc/apparmor.d/gantry-default
+    pods=$(compgen -G "$STATE/pods/*" | wc -l || true)
+    if [ "$pods" -gt 0 ]; then say "$pods pods are left, and what runs in them runs on without the daemon"; fi
+    [ "$purge" = yes ] || return 0
+    remove_unchanged "$REPO/deploy/config.toml" "$CONFIG"
+    rmdir "${CONFIG%/*}"/{conf.d,certs.d} "${CONFIG%/*}" 2>/dev/null || true
+    if [ "$pods" -gt 0 ]; then
+        say "so $ROOT and $STATE stay; to be rid of them, install gantry again, remove all pods, and repeat"
+    else
+        remove_data
+    fi
+}
