@@ -154,6 +154,7 @@ END
 install_node() {
     local package=$1 files=$2
     under_systemd || die "--install: systemd does not run this machine, so nothing would start gantry at boot"
+    unmask
     if is_debian && [ "$files" = no ]; then
         if [ -z "$package" ]; then package=$("$REPO/deploy/package" | tail -n 1); fi
         check_package "$package"
