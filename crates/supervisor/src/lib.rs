@@ -399,10 +399,10 @@ impl Supervisor {
             self.take_back(&name).await;
             let (mailbox, messages) = mpsc::channel(MAILBOX);
             let new = Arc::clone(&facts);
-            let reserved = self
-                .ctx
-                .registry
-                .reserve(name.clone(), new, config_hash, mailbox.clone());
+            let reserved =
+                self.ctx
+                    .registry
+                    .reserve(name.clone(), new, config_hash, mailbox.clone());
             if reserved.is_err() {
                 // Somebody was quicker: join.
                 continue;

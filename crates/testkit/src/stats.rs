@@ -7,6 +7,7 @@ pub struct Summary {
     pub n: usize,
     pub median: f64,
     pub p95: f64,
+    pub p99: f64,
     pub max: f64,
 }
 
@@ -21,12 +22,13 @@ impl Summary {
         } else {
             f64::midpoint(sorted[n / 2 - 1], sorted[n / 2])
         };
-        // Nearest rank: the smallest sample that 95 % of the samples do not exceed.
-        let rank = (n * 95).div_ceil(100).max(1);
+        // Nearest rank: the smallest sample that so many percent of the samples do not exceed.
+        let percentile = |percent: usize| sorted[(n * percent).div_ceil(100).max(1) - 1];
         Some(Self {
             n,
             median,
-            p95: sorted[rank - 1],
+            p95: percentile(95),
+            p99: percentile(99),
             max,
         })
     }
@@ -37,13 +39,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn median_and_p95_of_known_samples() {
+    fn percentiles_of_known_samples() {
         let samples: Vec<f64> = (1..=100).rev().map(f64::from).collect();
         let summary = Summary::of(&samples).unwrap();
-        assert_eq!(
-            (summary.n, summary.median, summary.p95, summary.max),
-            (100, 50.5, 95.0, 100.0)
-        );
+        assert_eq!((summary.n, summary.median, summary.max), (100, 50.5, 100.0));
+        assert_eq!((summary.p95, summary.p99), (95.0, 99.0));
         assert_eq!(Summary::of(&[3.0]).unwrap().p95, 3.0);
         assert!(Summary::of(&[]).is_none());
     }

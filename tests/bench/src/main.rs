@@ -5,6 +5,8 @@
 //! under test and ratios are its figure divided by the other's.
 
 mod idle;
+mod kubelet;
+mod lists;
 mod logs;
 mod memory;
 mod node;
@@ -38,6 +40,10 @@ enum Mode {
     Logs(#[command(flatten)] logs::Options),
     /// CPU time of the runtime's programs while idle pods run
     Idle(#[command(flatten)] idle::Options),
+    /// CPU time of the runtime's programs under a kubelet's habits
+    Kubelet(#[command(flatten)] kubelet::Options),
+    /// Time of the lists of pods, containers and their statistics
+    Lists(#[command(flatten)] lists::Options),
     /// Time of an exec, and bytes a second through exec and port-forward
     Streaming(#[command(flatten)] streaming::Options),
     /// Pull images from a registry on the loopback: time, CPU time and peak memory
@@ -97,6 +103,8 @@ fn main() -> Result<()> {
             Mode::Memory(options) => memory::run(options).await,
             Mode::Logs(options) => logs::run(options).await,
             Mode::Idle(options) => idle::run(options).await,
+            Mode::Kubelet(options) => kubelet::run(options).await,
+            Mode::Lists(options) => lists::run(options).await,
             Mode::Streaming(options) => streaming::run(options).await,
             Mode::Pull(options) => pull::run(options).await,
         }

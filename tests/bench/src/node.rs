@@ -9,9 +9,9 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, ImageSpec, ImageStatusRequest,
     LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig,
-    PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest, VersionRequest,
+    LinuxSandboxSecurityContext, ListPodSandboxRequest, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, VersionRequest,
 };
 use tonic::transport::{Channel, Endpoint};
 
@@ -53,7 +53,8 @@ pub struct Node {
     /// Runtime name and version as the runtime gives them.
     pub version: String,
     pub socket: String,
-    client: RuntimeServiceClient<Channel>,
+    pub runtime: RuntimeServiceClient<Channel>,
+    pub images: ImageServiceClient<Channel>,
     image: String,
     handler: String,
     log_dir: PathBuf,
@@ -75,8 +76,11 @@ impl Node {
             .connect()
             .await
             .with_context(|| format!("connect to {socket}"))?;
-        let mut client = RuntimeServiceClient::new(channel.clone());
-        let version = client
+        // The kubelet takes messages of 16 MiB.
+        let mut runtime =
+            RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(16 << 20);
+        let mut images = ImageServiceClient::new(channel);
+        let version = runtime
             .version(VersionRequest::default())
             .await?
             .into_inner();
@@ -84,7 +88,7 @@ impl Node {
             image: common.image.clone(),
             ..Default::default()
         };
-        ImageServiceClient::new(channel)
+        images
             .image_status(ImageStatusRequest {
                 image: Some(image),
                 verbose: false,
@@ -97,7 +101,8 @@ impl Node {
             name: name.to_owned(),
             socket: socket.to_owned(),
             version: format!("{} {}", version.runtime_name, version.runtime_version),
-            client,
+            runtime,
+            images,
             image: common.image.clone(),
             handler: common.handler.clone(),
             log_dir: common.log_dir.join(name),
@@ -143,7 +148,7 @@ impl Node {
             runtime_handler: self.handler.clone(),
         };
         pod.id = self
-            .client
+            .runtime
             .run_pod_sandbox(request)
             .await?
             .into_inner()
@@ -153,9 +158,19 @@ impl Node {
 
     /// Creates a container that logs to `c.log` in the pod's log directory; returns its id.
     pub async fn create(&mut self, pod: &Pod, command: &[&str]) -> Result<String> {
+        self.create_named(pod, "c", command).await
+    }
+
+    /// As `create`, with another name for the container and its log.
+    pub async fn create_named(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        command: &[&str],
+    ) -> Result<String> {
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata {
-                name: "c".to_owned(),
+                name: name.to_owned(),
                 attempt: 0,
             }),
             image: Some(ImageSpec {
@@ -164,7 +179,7 @@ impl Node {
                 ..Default::default()
             }),
             command: command.iter().map(|&word| word.to_owned()).collect(),
-            log_path: "c.log".to_owned(),
+            log_path: format!("{name}.log"),
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
                     namespace_options: Some(pod.network.namespaces()),
@@ -180,7 +195,7 @@ impl Node {
             sandbox_config: Some(pod.config.clone()),
         };
         Ok(self
-            .client
+            .runtime
             .create_container(request)
             .await?
             .into_inner()
@@ -191,7 +206,7 @@ impl Node {
         let request = StartContainerRequest {
             container_id: container.to_owned(),
         };
-        self.client.start_container(request).await?;
+        self.runtime.start_container(request).await?;
         Ok(())
     }
 
@@ -200,7 +215,7 @@ impl Node {
             container_id: container.to_owned(),
             timeout: 0,
         };
-        self.client.stop_container(request).await?;
+        self.runtime.stop_container(request).await?;
         Ok(())
     }
 
@@ -208,7 +223,7 @@ impl Node {
         let request = StopPodSandboxRequest {
             pod_sandbox_id: pod.id.clone(),
         };
-        self.client.stop_pod_sandbox(request).await?;
+        self.runtime.stop_pod_sandbox(request).await?;
         Ok(())
     }
 
@@ -216,7 +231,31 @@ impl Node {
         let request = RemovePodSandboxRequest {
             pod_sandbox_id: pod.id.clone(),
         };
-        self.client.remove_pod_sandbox(request).await?;
+        self.runtime.remove_pod_sandbox(request).await?;
+        Ok(())
+    }
+
+    /// Stops and removes a pod with whatever is in it.
+    pub async fn end_pod(&mut self, id: &str) -> Result<()> {
+        let pod_sandbox_id = id.to_owned();
+        self.runtime
+            .stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id })
+            .await?;
+        let pod_sandbox_id = id.to_owned();
+        self.runtime
+            .remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id })
+            .await?;
+        Ok(())
+    }
+
+    /// As `end_pod`, for all that are listed.
+    pub async fn end_all(&mut self) -> Result<()> {
+        let pods = self
+            .runtime
+            .list_pod_sandbox(ListPodSandboxRequest::default());
+        for pod in pods.await?.into_inner().items {
+            self.end_pod(&pod.id).await?;
+        }
         Ok(())
     }
 
@@ -235,4 +274,23 @@ impl Node {
         self.stop_pod(pod).await?;
         self.remove_pod(pod).await
     }
+}
+
+/// Stops a container without grace, and then its pod.
+pub async fn stop_both(
+    runtime: &mut RuntimeServiceClient<Channel>,
+    pod_sandbox_id: String,
+    container_id: String,
+) -> Result<()> {
+    let timeout = 0;
+    runtime
+        .stop_container(StopContainerRequest {
+            container_id,
+            timeout,
+        })
+        .await?;
+    runtime
+        .stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id })
+        .await?;
+    Ok(())
 }

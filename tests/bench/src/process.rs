@@ -37,6 +37,9 @@ pub struct Program {
     pub private_dirty_kb: u64,
     /// User and system time since start, in clock ticks.
     pub cpu_ticks: u64,
+    /// When it was started, in clock ticks after boot; of one process alone.
+    #[serde(skip)]
+    start: u64,
 }
 
 impl std::ops::AddAssign for Program {
@@ -54,15 +57,42 @@ pub type Programs = BTreeMap<String, Program>;
 /// All programs of `runtime` that run now, by name.
 pub fn programs(runtime: &str) -> Result<Programs> {
     let mut programs = Programs::new();
+    for (_, name, process) in processes(runtime)? {
+        *programs.entry(name).or_default() += process;
+    }
+    Ok(programs)
+}
+
+/// CPU ticks of each process of `runtime`, by pid and start.
+pub type Lives = BTreeMap<(u32, u64), (Role, u64)>;
+
+/// What each process has spent so far.
+pub fn lives(runtime: &str) -> Result<Lives> {
+    let of = |(pid, name, process): (u32, String, Program)| {
+        let (_, role) = role(&name)?;
+        Some(((pid, process.start), (role, process.cpu_ticks)))
+    };
+    Ok(processes(runtime)?.into_iter().filter_map(of).collect())
+}
+
+/// What those that are there after have spent since. What has ended meanwhile does not count.
+pub fn spent(before: &Lives, after: &Lives, wanted: Role) -> u64 {
+    let after = after.iter().filter(|(_, (role, _))| *role == wanted);
+    let since = |(key, (_, ticks)): (&(u32, u64), &(Role, u64))| {
+        ticks - before.get(key).map_or(0, |(_, ticks)| *ticks)
+    };
+    after.map(since).sum()
+}
+
+/// Every process of `runtime`: pid, program, figures.
+fn processes(runtime: &str) -> Result<Vec<(u32, String, Program)>> {
+    let mut processes = Vec::new();
     for entry in fs::read_dir("/proc").context("list /proc")? {
         let entry = entry?;
-        if entry
-            .file_name()
-            .to_str()
-            .is_none_or(|name| name.parse::<u32>().is_err())
-        {
+        let pid = entry.file_name();
+        let Some(pid) = pid.to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
-        }
+        };
         let dir = entry.path();
         let Ok(exe) = fs::read_link(dir.join("exe")) else {
             continue;
@@ -79,12 +109,11 @@ pub fn programs(runtime: &str) -> Result<Programs> {
         }
         // A process may end between two of these reads: then it is simply not counted.
         let read = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
-        let Some(process) = parse(&read("smaps_rollup"), &read("stat")) else {
-            continue;
-        };
-        *programs.entry(name.to_owned()).or_default() += process;
+        if let Some(process) = parse(&read("smaps_rollup"), &read("stat")) {
+            processes.push((pid, name.to_owned(), process));
+        }
     }
-    Ok(programs)
+    Ok(processes)
 }
 
 fn parse(smaps_rollup: &str, stat: &str) -> Option<Program> {
@@ -104,6 +133,7 @@ fn parse(smaps_rollup: &str, stat: &str) -> Option<Program> {
         pss_kb: kb("Pss")?,
         private_dirty_kb: kb("Private_Dirty")?,
         cpu_ticks: field(14)? + field(15)?,
+        start: field(22)?,
     })
 }
 
@@ -129,10 +159,24 @@ mod tests {
         let process = parse(smaps, stat).unwrap();
         assert_eq!((process.pss_kb, process.private_dirty_kb), (120, 48));
         assert_eq!((process.threads, process.cpu_ticks), (3, 33));
+        assert_eq!(process.start, 99);
         assert!(
             parse("", stat).is_none(),
             "a kernel thread or one that has just ended"
         );
+    }
+
+    #[test]
+    fn what_is_spent_is_counted_by_process() {
+        let before = Lives::from([((1, 5), (Role::Daemon, 10)), ((2, 5), (Role::PerPod, 7))]);
+        // The second has ended, and another has its number.
+        let after = Lives::from([
+            ((1, 5), (Role::Daemon, 14)),
+            ((2, 9), (Role::PerPod, 3)),
+            ((3, 9), (Role::PerPod, 2)),
+        ]);
+        assert_eq!(spent(&before, &after, Role::Daemon), 4);
+        assert_eq!(spent(&before, &after, Role::PerPod), 5);
     }
 
     #[test]
