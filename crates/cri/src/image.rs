@@ -10,6 +10,7 @@ use serde_json::json;
 use tonic::{Request, Response, Status};
 
 use crate::convert;
+use crate::inflight::about;
 use crate::status::{invalid, status};
 use crate::stream::{Chunks, chunks};
 
@@ -125,6 +126,7 @@ impl ImageService for Images {
             reference: name(request.image)?,
             credentials: request.auth.map(credentials).unwrap_or_default(),
         };
+        about(&pull.reference);
         let image_ref = self.images().pull(pull).await.map_err(status)?;
         Ok(Response::new(cri::PullImageResponse { image_ref }))
     }
@@ -135,6 +137,7 @@ impl ImageService for Images {
         request: Request<cri::RemoveImageRequest>,
     ) -> Answer<cri::RemoveImageResponse> {
         let name = name(request.into_inner().image)?;
+        about(&name);
         let in_use = self.supervisor.layers_in_use();
         self.images().remove(&name, in_use).await.map_err(status)?;
         Ok(Response::new(cri::RemoveImageResponse {}))

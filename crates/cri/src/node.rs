@@ -1,19 +1,20 @@
-//! What gantryctl asks of the node itself: what there is outside of the records, and whose it is.
+//! What gantryctl asks of the node itself: what it is at, and what there is outside of the records.
 
 use gantry_admin_api::v1::node_server::Node as Service;
-use gantry_admin_api::v1::{CheckRequest, CheckResponse, Thing};
-use gantry_supervisor::{Supervisor, ThingKind};
+use gantry_admin_api::v1::{CheckRequest, CheckResponse, StateRequest, StateResponse, Thing};
+use gantry_supervisor::ThingKind;
 use tonic::{Request, Response, Status};
 
+use crate::state::State;
 use crate::status::status;
 
 pub struct Node {
-    supervisor: Supervisor,
+    state: State,
 }
 
 impl Node {
-    pub fn new(supervisor: Supervisor) -> Self {
-        Self { supervisor }
+    pub fn new(state: State) -> Self {
+        Self { state }
     }
 }
 
@@ -23,9 +24,18 @@ impl Service for Node {
         &self,
         request: Request<CheckRequest>,
     ) -> Result<Response<CheckResponse>, Status> {
-        let checked = self.supervisor.check(request.into_inner().repair).await;
+        let checked = self
+            .state
+            .supervisor
+            .check(request.into_inner().repair)
+            .await;
         let things = checked.map_err(status)?.into_iter().map(thing).collect();
         Ok(Response::new(CheckResponse { things }))
+    }
+
+    async fn state(&self, _: Request<StateRequest>) -> Result<Response<StateResponse>, Status> {
+        let json = self.state.read().to_string();
+        Ok(Response::new(StateResponse { json }))
     }
 }
 

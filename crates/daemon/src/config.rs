@@ -46,6 +46,10 @@ pub struct Config {
     pub runtime: Runtime,
     pub streaming: Streaming,
     pub timeouts: Timeouts,
+    pub metrics: Metrics,
+    /// The files that this was read from, in their order.
+    #[serde(skip)]
+    pub sources: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -245,6 +249,51 @@ pub struct Timeouts {
     pub recovery_seconds: u64,
 }
 
+/// The endpoint that Prometheus scrapes.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// `127.0.0.1:9464`, or the absolute path of a unix socket; empty: none.
+    pub address: String,
+}
+
+/// Where [`Metrics`] are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl Metrics {
+    /// `None` when there is to be no endpoint.
+    pub fn address(&self) -> Result<Option<MetricsAddress>, Error> {
+        let key = "metrics.address";
+        let invalid = |reason: String| Err(Error::Invalid { key, reason });
+        let text = self.address.as_str();
+        if text.is_empty() {
+            return Ok(None);
+        }
+        if text.starts_with('/') {
+            // sun_path has 108 bytes with its end (unix(7)).
+            if text.len() > 107 || text.contains('\0') {
+                return invalid(format!("{text:?} cannot be the path of a unix socket"));
+            }
+            return Ok(Some(MetricsAddress::Unix(text.into())));
+        }
+        match text.parse::<SocketAddr>() {
+            // Names of pods and images are nobody's business beyond the node, and there is no TLS.
+            Ok(address) if !address.ip().is_loopback() => {
+                invalid(format!("{text:?} is not an address of the loopback"))
+            }
+            Ok(address) if address.port() == 0 => invalid(format!("{text:?} names no port")),
+            Ok(address) => Ok(Some(MetricsAddress::Tcp(address))),
+            Err(_) => invalid(format!(
+                "{text:?} is neither address:port (\"127.0.0.1:9464\") nor an absolute path"
+            )),
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -260,6 +309,8 @@ impl Default for Config {
             runtime: Runtime::default(),
             streaming: Streaming::default(),
             timeouts: Timeouts::default(),
+            metrics: Metrics::default(),
+            sources: Vec::new(),
         }
     }
 }
@@ -398,13 +449,19 @@ impl Config {
             }
             read => read?,
         };
+        let mut sources = Vec::new();
+        if path.exists() {
+            sources.push(path.display().to_string());
+        }
         for drop_in in drop_ins(path)? {
+            sources.push(drop_in.display().to_string());
             merge(&mut merged, read(&drop_in)?);
         }
         let mut config: Config = merged.try_into().map_err(|error| Error::Parse {
             path: path.into(),
             message: error.to_string(),
         })?;
+        config.sources = sources;
         config.apply(overrides);
         config.check()?;
         Ok(config)
@@ -477,6 +534,7 @@ impl Config {
         }
         self.images.check()?;
         self.streaming.check()?;
+        self.metrics.address()?;
         let images = &self.images;
         let other = SnapshotterName::ALL
             .into_iter()
@@ -710,6 +768,39 @@ mod tests {
         }
         let password = "[images.credentials.\"r.io\"]\npassword = 'secret'";
         assert!(toml::from_str::<Config>(password).is_err());
+    }
+
+    #[test]
+    fn metrics_are_for_the_loopback_or_a_unix_socket() {
+        let address = |address: &str| {
+            let address = address.to_owned();
+            Metrics { address }.address()
+        };
+        assert_eq!(address("").unwrap(), None);
+        let tcp = "127.0.0.1:9464".parse().unwrap();
+        assert_eq!(
+            address("127.0.0.1:9464").unwrap(),
+            Some(MetricsAddress::Tcp(tcp))
+        );
+        assert!(address("[::1]:1").is_ok());
+        let unix = MetricsAddress::Unix("/run/gantry/metrics.sock".into());
+        assert_eq!(address("/run/gantry/metrics.sock").unwrap(), Some(unix));
+        for bad in [
+            "0.0.0.0:9464",
+            "192.0.2.1:9464",
+            "127.0.0.1:0",
+            "127.0.0.1",
+            "localhost:9464",
+            "run/metrics.sock",
+            "http://127.0.0.1:9464",
+            "127.0.0.1:99999",
+        ] {
+            let error = address(bad).unwrap_err().to_string();
+            let names = error.starts_with("metrics.address: ") && error.contains(bad);
+            assert!(names, "{error}");
+        }
+        let long = format!("/{}", "x".repeat(108));
+        assert!(address(&long).is_err());
     }
 
     /// Every line of the example that is a key or a table, without its comment sign, says what

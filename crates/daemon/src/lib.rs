@@ -3,6 +3,7 @@
 pub mod config;
 mod handlers;
 mod image_root;
+mod metrics;
 mod server;
 mod snapshotter;
 mod socket;

@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use gantry_admin_api::v1::images_server::ImagesServer;
@@ -11,7 +11,7 @@ use gantry_admin_api::v1::node_server::NodeServer;
 use gantry_containerd_api::services::containers::v1::containers_server::ContainersServer;
 use gantry_containerd_api::services::tasks::v1::tasks_server::TasksServer;
 use gantry_containerd_api::services::version::v1::version_server::VersionServer;
-use gantry_cri::{Conditions, ContainerdFace, Gate, RpcLayer};
+use gantry_cri::{Calls, Conditions, ContainerdFace, Gate, Observer, RpcLayer, State};
 use gantry_cri_api::v1::image_service_server::ImageServiceServer;
 use gantry_cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use gantry_images::Images;
@@ -29,6 +29,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::config::{self, Config, SnapshotterName, StreamingTls};
+use crate::metrics::{self, Metrics, Rpcs};
 use crate::streaming::Node;
 use crate::{handlers, snapshotter, socket};
 
@@ -49,6 +50,7 @@ const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Runs until SIGTERM or SIGINT. Pods stay as they are.
 pub async fn run(config: Config) -> Result<()> {
+    let began = Instant::now();
     gantry_sys::fs::umask(0o077);
     private_dir(&config.root, 0o700)?;
     private_dir(config.image_root(), 0o700)?;
@@ -100,6 +102,15 @@ pub async fn run(config: Config) -> Result<()> {
     let streaming = streaming(&config, supervisor.clone()).await?;
     tracing::info!(address = %streaming.address(), "streaming");
 
+    let calls = Calls::default();
+    let observer = metrics(&config, &supervisor, &calls, &gate)?;
+    let state = State {
+        supervisor: supervisor.clone(),
+        calls: calls.clone(),
+        gate: gate.clone(),
+        began,
+        config: config.sources.clone(),
+    };
     let conditions = Conditions {
         config: serde_json::to_value(&config)?,
         not_ready: Arc::new(move || {
@@ -107,7 +118,7 @@ pub async fn run(config: Config) -> Result<()> {
         }),
     };
     let server = Server::builder()
-        .layer(RpcLayer::new(gate.clone(), Arc::new(())))
+        .layer(RpcLayer::new(gate.clone(), observer, calls))
         .add_service(
             RuntimeServiceServer::new(gantry_cri::Runtime::new(
                 supervisor.clone(),
@@ -125,7 +136,7 @@ pub async fn run(config: Config) -> Result<()> {
         .add_service(ImagesServer::new(gantry_cri::Admin::new(
             supervisor.clone(),
         )))
-        .add_service(NodeServer::new(gantry_cri::Node::new(supervisor.clone())));
+        .add_service(NodeServer::new(gantry_cri::Node::new(state)));
 
     let (stop, stopped) = watch::channel(());
     let serving = tokio::spawn(
@@ -209,6 +220,22 @@ pub async fn run(config: Config) -> Result<()> {
 /// Ends when the other end is dropped.
 async fn told(mut stopped: watch::Receiver<()>) {
     while stopped.changed().await.is_ok() {}
+}
+
+/// Begins to serve metrics, if that is configured, and returns who counts calls for them.
+fn metrics(
+    config: &Config,
+    supervisor: &Supervisor,
+    calls: &Calls,
+    gate: &Gate,
+) -> Result<Arc<dyn Observer>> {
+    let Some(address) = config.metrics.address()? else {
+        return Ok(Arc::new(()));
+    };
+    let rpcs = Rpcs::default();
+    let metrics = Metrics::new(supervisor.clone(), &rpcs, calls.clone(), gate.clone());
+    tokio::spawn(metrics::serve(address, metrics));
+    Ok(Arc::new(rpcs))
 }
 
 fn private_dir(path: &Path, mode: u32) -> Result<()> {

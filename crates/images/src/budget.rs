@@ -1,6 +1,7 @@
 //! What all pulls of the node together may take, so that a burst of them starves no pod.
 
 use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ const READERS: usize = 64;
 pub struct Budget {
     /// Transfers on which bytes move.
     downloads: Arc<Semaphore>,
+    places: usize,
+    waiting: Arc<AtomicUsize>,
     /// Threads that read blobs which are still coming.
     readers: Arc<Semaphore>,
     pub turns: Turns,
@@ -26,18 +29,29 @@ pub struct Budget {
 impl Budget {
     /// `bandwidth` in bytes a second.
     pub fn new(downloads: usize, unpacks: usize, bandwidth: Option<NonZeroU64>) -> Self {
+        let places = downloads.clamp(1, Semaphore::MAX_PERMITS);
         Self {
-            downloads: Arc::new(Semaphore::new(downloads.clamp(1, Semaphore::MAX_PERMITS))),
+            downloads: Arc::new(Semaphore::new(places)),
+            places,
+            waiting: Arc::default(),
             readers: Arc::new(Semaphore::new(READERS)),
             turns: Turns::new(unpacks.max(1)),
             rate: bandwidth.map(|bytes| Arc::new(Rate::new(bytes))),
         }
     }
 
+    /// Transfers that have a place, and those that wait for one.
+    pub fn transfers(&self) -> (usize, usize) {
+        let free = self.downloads.available_permits();
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        (self.places.saturating_sub(free), waiting)
+    }
+
     /// For a transfer, which has no place yet.
     pub fn place(&self) -> Place {
         Place {
             places: self.downloads.clone(),
+            waiting: self.waiting.clone(),
             held: None,
         }
     }
@@ -64,7 +78,17 @@ impl Budget {
 #[derive(Debug)]
 pub struct Place {
     places: Arc<Semaphore>,
+    waiting: Arc<AtomicUsize>,
     held: Option<(OwnedSemaphorePermit, Instant)>,
+}
+
+/// Counts a transfer that waits, also one that is given up.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Place {
@@ -76,6 +100,8 @@ impl Place {
             }
             self.held = None;
         }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waits = Waits(&self.waiting);
         // It fails only when closed, which nobody does.
         let permit = self.places.clone().acquire_owned().await.ok();
         self.held = permit.map(|permit| (permit, Instant::now()));

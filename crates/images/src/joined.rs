@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
+use gantry_types::times::{Reading, Times};
 
 use crate::cancel::Cancel;
 use crate::credentials::Credentials;
-use crate::progress::Progress;
+use crate::progress::{Progress, Stand};
 use crate::pull;
 use crate::reference::Reference;
 use crate::service::{Inner, PullRequest};
@@ -26,12 +28,23 @@ struct Joinable {
     cancel: Cancel,
     progress: Progress,
     waiters: usize,
+    began: Instant,
     /// Tells this pull from a later one under the same key.
     serial: u64,
 }
 
 #[derive(Default)]
-pub struct Pulls(Mutex<State>);
+pub struct Pulls(Mutex<State>, Times);
+
+/// A pull under way.
+#[derive(Clone, Debug)]
+pub struct Pulling {
+    pub reference: String,
+    pub age: Duration,
+    /// Callers who wait for it.
+    pub waiters: usize,
+    pub stand: Stand,
+}
 
 #[derive(Default)]
 struct State {
@@ -43,6 +56,28 @@ impl Pulls {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Every change is whole when the lock is given back.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pulls under way, the oldest first.
+    pub fn under_way(&self) -> Vec<Pulling> {
+        let mut pulls: Vec<_> = self
+            .lock()
+            .pulls
+            .iter()
+            .map(|((reference, ..), pull)| Pulling {
+                reference: reference.clone(),
+                age: pull.began.elapsed(),
+                waiters: pull.waiters,
+                stand: pull.progress.stand(),
+            })
+            .collect();
+        pulls.sort_by_key(|pull| std::cmp::Reverse(pull.age));
+        pulls
+    }
+
+    /// How long those took that have ended.
+    pub fn times(&self) -> Reading {
+        self.1.read()
     }
 
     /// Takes a pull out that has ended or that nobody may join any more.
@@ -122,6 +157,7 @@ pub async fn pull(
                 cancel,
                 progress,
                 waiters: 0,
+                began: Instant::now(),
                 serial,
             }
         });
@@ -155,6 +191,8 @@ async fn run(
     let leave = Leave(inner.clone(), key, serial);
     let (_, credentials, also) = &leave.1;
     let watch = (&cancel, &progress);
+    let began = Instant::now();
     let result = pull::pull(&inner, &reference, credentials, watch, also.as_slice()).await;
+    inner.pulls.1.note(began.elapsed(), result.is_ok());
     result.map_err(Arc::new)
 }

@@ -44,6 +44,7 @@ pub use decompress::Expansion;
 pub use document::{ImageConfig, Platform};
 pub use error::{Error, Result};
 pub use image::Image;
+pub use joined::Pulling;
 pub use keychain::{HostCredentials, Keychain, is_helper_name};
 pub use platform::Accepted;
 pub use progress::{Progress, Stand};

@@ -11,6 +11,7 @@ use gantry_ports::snapshotter::Usage;
 use gantry_ports::{Snapshotter, Snapshotters};
 use gantry_store::Store;
 use gantry_store::record::ImageRecord;
+use gantry_types::times::Reading;
 use gantry_types::{Digest, ErrorKind, Kind};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
@@ -19,7 +20,7 @@ use crate::catalog::Catalog;
 use crate::content::Content;
 use crate::credentials::Credentials;
 use crate::image::Image;
-use crate::joined::Pulls;
+use crate::joined::{Pulling, Pulls};
 use crate::lease::{Lease, Leases};
 use crate::platform::Accepted;
 use crate::progress::Progress;
@@ -223,6 +224,21 @@ impl Images {
         watch: impl FnOnce(Progress),
     ) -> Result<String> {
         crate::joined::pull(&self.inner, request, watch).await
+    }
+
+    /// The pulls under way, the oldest first.
+    pub fn pulls(&self) -> Vec<Pulling> {
+        self.inner.pulls.under_way()
+    }
+
+    /// How long pulls took, one that many waited for counted once.
+    pub fn pull_times(&self) -> Reading {
+        self.inner.pulls.times()
+    }
+
+    /// Transfers that have a place among those of the node, and those that wait for one.
+    pub fn transfers(&self) -> (usize, usize) {
+        self.inner.budget.transfers()
     }
 
     /// Every image. From memory.

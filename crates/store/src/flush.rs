@@ -2,7 +2,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
+use gantry_types::times::Times;
 use gantry_types::{ErrorKind, Kind};
 
 /// Why a flush failed: told to everybody who waited for it.
@@ -18,7 +20,10 @@ struct State {
     begun: u64,
     /// Newest flush that ended, with its error; older outcomes are no longer asked for.
     ended: u64,
-    running: bool,
+    /// Since when one is under way.
+    running: Option<Instant>,
+    /// Writers that wait for one, also for the one under way.
+    waiting: usize,
     /// Outcome of the flush numbered `ended`.
     error: Option<Failed>,
 }
@@ -28,9 +33,16 @@ struct State {
 pub struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    pub times: Times,
 }
 
 impl Shared {
+    /// Since when a flush is under way, and how many writers wait for one.
+    pub fn now(&self) -> (Option<Instant>, usize) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        (state.running, state.waiting)
+    }
+
     /// Returns after a flush that began after this call. Its error goes to all who waited for it.
     pub fn flush<E: Kind + std::fmt::Display>(
         &self,
@@ -39,19 +51,22 @@ impl Shared {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // The one under way may have begun before our write: only the next counts.
         let wanted = state.begun + 1;
-        while state.running && state.ended < wanted {
+        state.waiting += 1;
+        while state.running.is_some() && state.ended < wanted {
             state = self
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        state.waiting -= 1;
         if state.ended >= wanted {
             return match &state.error {
                 Some(error) => Err(error.clone()),
                 None => Ok(()),
             };
         }
-        state.running = true;
+        let began = Instant::now();
+        state.running = Some(began);
         state.begun += 1;
         let number = state.begun;
         drop(state);
@@ -60,8 +75,9 @@ impl Shared {
         let outcome = catch_unwind(AssertUnwindSafe(flush))
             .map_err(|_| failed(ErrorKind::Internal, "the store panicked".to_owned()))
             .and_then(|outcome| outcome.map_err(|error| failed(error.kind(), error.to_string())));
+        self.times.note(began.elapsed(), outcome.is_ok());
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.running = false;
+        state.running = None;
         state.ended = number;
         state.error = outcome.clone().err();
         self.changed.notify_all();

@@ -40,6 +40,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use gantry_types::times::Reading;
 use gantry_types::{ErrorKind, Kind};
 
 pub use envelope::{EnvelopeError, seal as seal_envelope};
@@ -358,6 +359,39 @@ impl Store {
             Ok(())
         })?;
         Ok(scan)
+    }
+
+    /// How long flushes took.
+    pub fn flush_times(&self) -> Reading {
+        self.flusher.times.read()
+    }
+
+    /// For how long a flush is under way, and how many writers wait for one.
+    pub fn flushing(&self) -> (Option<Duration>, usize) {
+        let (since, waiting) = self.flusher.now();
+        (since.map(|since| since.elapsed()), waiting)
+    }
+
+    /// Asks the store for nothing in particular: returns when it has answered. Blocks as any other
+    /// call does.
+    pub fn probe(&self) -> Result<(), Error> {
+        self.with(|db| {
+            tree::<record::PodConfig>(db, "")?
+                .get("")
+                .map_err(access::<record::PodConfig>(""))
+        })
+        .map(drop)
+    }
+
+    /// Bytes on disk. Blocks.
+    pub fn size(&self) -> Result<u64, Error> {
+        self.with(|db| {
+            db.size_on_disk().map_err(|source| Error::Access {
+                tree: "",
+                key: String::new(),
+                source,
+            })
+        })
     }
 
     fn flush(&self, db: &sled::Db) -> Result<(), Error> {

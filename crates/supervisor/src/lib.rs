@@ -3,6 +3,7 @@
 //! [`Supervisor`] is the way in. Requests that change something go to the pod's driver
 //! (`pod`); reads come from what the drivers publish ([`registry`]) and wait for nobody.
 
+pub mod activity;
 mod audit;
 mod cgroup;
 mod clock;
@@ -34,6 +35,7 @@ use gantry_cri_api::v1 as cri;
 use gantry_images::{Images, LayerHolders, LayersInUse};
 use gantry_ports::{Network, Scopes, Snapshotter, Snapshotters};
 use gantry_store::{Store, record};
+use gantry_types::times::Reading;
 use gantry_types::{Digest, PodId, PodState};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
@@ -53,6 +55,7 @@ pub use image_mounts::{ImageMount, mounted_images};
 pub use recover::Summary;
 pub use settings::{Handler, HandlerFeatures, Settings, Timeouts};
 
+use activity::Activity;
 use image_mounts::ImageMounts;
 use pod::{Awaited, Driver, MAILBOX, Msg, Reply, Request, host_network, reply};
 use records::Records;
@@ -70,6 +73,7 @@ pub(crate) struct Context {
     /// Present under the systemd driver.
     pub scopes: Option<Arc<dyn Scopes>>,
     pub registry: Registry,
+    pub activity: Arc<Activity>,
     /// Recovery met records that it could not read.
     pub unreadable: AtomicBool,
     /// What gantryctl has mounted.
@@ -78,6 +82,17 @@ pub(crate) struct Context {
     pub forwards: Arc<Semaphore>,
     /// One look at what there is outside of the records at a time.
     pub auditing: tokio::sync::Mutex<()>,
+}
+
+/// What the store is at, from memory.
+#[derive(Clone, Debug)]
+pub struct StoreNow {
+    /// Flushes that have ended.
+    pub flushes: Reading,
+    /// Age of the one under way.
+    pub flushing: Option<Duration>,
+    /// Writers that wait for another's.
+    pub waiting: usize,
 }
 
 /// Which streams of a process a client wants.
@@ -231,6 +246,7 @@ impl Supervisor {
         let records = Records { store, dirs };
         let registry = Registry::default();
         let unreadable = AtomicBool::new(false);
+        let activity = Activity::new(&settings.default_handler);
         let ctx = Context {
             settings,
             records,
@@ -239,6 +255,7 @@ impl Supervisor {
             network,
             scopes,
             registry,
+            activity,
             unreadable,
             image_mounts: ImageMounts::default(),
             forwards: Arc::new(Semaphore::new(forward::MAX_FORWARDS)),
@@ -267,6 +284,22 @@ impl Supervisor {
     /// Pods and containers as last published.
     pub fn registry(&self) -> &Registry {
         &self.ctx.registry
+    }
+
+    /// What is under way, and how long it takes.
+    pub fn activity(&self) -> &Arc<Activity> {
+        &self.ctx.activity
+    }
+
+    /// What the store is at.
+    pub fn store_now(&self) -> StoreNow {
+        let store = &self.ctx.records.store;
+        let (flushing, waiting) = store.flushing();
+        StoreNow {
+            flushes: store.flush_times(),
+            flushing,
+            waiting,
+        }
     }
 
     /// The node's snapshotters.
@@ -778,7 +811,7 @@ impl Supervisor {
         };
         let (reply, answer) = reply();
         mailbox
-            .send(Msg::Request(request(reply)))
+            .send(Msg::Request(tracing::Span::current(), request(reply)))
             .await
             .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?

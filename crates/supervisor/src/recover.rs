@@ -23,6 +23,7 @@ use gantry_types::{ContainerId, ContainerState, Exit, PodId, PodState, ProcessRe
 use prost::Message;
 use tokio::sync::{Semaphore, mpsc};
 
+use crate::activity::Of;
 use crate::audit::known::Known;
 use crate::container::{
     Container, half_made, lost_exit, read_exit, remove_files, unknown_exit, unmount,
@@ -214,6 +215,7 @@ pub(crate) async fn recover(ctx: &Arc<Context>) -> Result<Summary, Error> {
     .await?;
     ctx.unreadable
         .store(summary.unreadable > 0, std::sync::atomic::Ordering::Release);
+    ctx.activity.to_recover(recorded.len());
     summary.pods = recorded.len();
     summary.containers = recorded.iter().map(|pod| pod.containers.len()).sum();
 
@@ -223,7 +225,14 @@ pub(crate) async fn recover(ctx: &Arc<Context>) -> Result<Summary, Error> {
         let (ctx, limit) = (Arc::clone(ctx), Arc::clone(&limit));
         tasks.spawn(async move {
             let _permit = limit.acquire_owned().await;
-            recover_pod(&ctx, pod).await;
+            let of = Of::pod(&pod.facts);
+            let recovery = async {
+                recover_pod(&ctx, pod).await;
+                Ok::<_, Error>(())
+            };
+            // It reports what fails by itself.
+            let _ = ctx.activity.during("recover pod", of, recovery).await;
+            ctx.activity.recovered();
         });
     }
     while let Some(done) = tasks.join_next().await {
@@ -589,7 +598,14 @@ async fn observe(
     let limit = ctx.settings.timeouts.recovery;
     let socket = ctx.records.dirs.socket(&pod.facts.id);
     let look = async {
-        let (shim, hello) = Shim::connect(&pod.facts.id, &socket, limit, mailbox.clone()).await?;
+        let (shim, hello) = Shim::connect(
+            &ctx.activity,
+            &pod.facts.id,
+            &socket,
+            limit,
+            mailbox.clone(),
+        )
+        .await?;
         let state = shim.state(limit).await?;
         Ok::<_, Error>((shim, hello, state))
     };

@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use gantry_cri_api::v1 as cri;
 use gantry_store::record;
@@ -94,10 +95,61 @@ impl std::fmt::Display for PodName {
 struct Entry {
     facts: Arc<PodFacts>,
     mailbox: mpsc::Sender<Msg>,
+    doing: Arc<Doing>,
     /// `None` while half made: such a pod is reached by its name alone.
     view: Option<Arc<PodView>>,
     /// What subscribers to events know of it.
     told: Option<Told>,
+}
+
+/// What a driver is at, as it says itself after every message: read without asking it.
+#[derive(Debug, Default)]
+pub(crate) struct Doing(Mutex<Now>);
+
+#[derive(Debug, Default)]
+struct Now {
+    /// When it took the message that it is handling.
+    handling: Option<Instant>,
+    /// Effects of the pod (no id) and of its containers.
+    busy: BTreeMap<String, (&'static str, Instant)>,
+}
+
+impl Doing {
+    fn lock(&self) -> MutexGuard<'_, Now> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn handles(&self) {
+        self.lock().handling = Some(Instant::now());
+    }
+
+    /// A message is handled, and this is what goes on now: by container id, empty for the pod.
+    pub(crate) fn handled<'a>(&self, busy: impl Iterator<Item = (&'a str, &'static str)>) {
+        let now = Instant::now();
+        let mut this = self.lock();
+        this.handling = None;
+        let mut before = std::mem::take(&mut this.busy);
+        this.busy = busy
+            .map(|(id, what)| match before.remove_entry(id) {
+                Some((id, (was, since))) if was == what => (id, (what, since)),
+                _ => (id.to_owned(), (what, now)),
+            })
+            .collect();
+    }
+}
+
+/// A driver as it is now.
+#[derive(Clone, Debug)]
+pub struct DriverView {
+    pub pod: PodId,
+    /// `None` while the pod is made.
+    pub view: Option<Arc<PodView>>,
+    /// Messages that wait in its mailbox.
+    pub waiting: usize,
+    /// For how long it has been handling one message: handling one takes no time.
+    pub handling: Option<Duration>,
+    /// By container id, empty for the pod: the effect that it waits for, and for how long.
+    pub busy: Vec<(String, &'static str, Duration)>,
 }
 
 /// A name in use, and by what.
@@ -158,6 +210,7 @@ impl Registry {
             Entry {
                 facts: new,
                 mailbox,
+                doing: Arc::default(),
                 view: None,
                 told: None,
             },
@@ -201,6 +254,7 @@ impl Registry {
             Entry {
                 facts,
                 mailbox,
+                doing: Arc::default(),
                 view: None,
                 told,
             },
@@ -256,6 +310,48 @@ impl Registry {
     /// Ends all subscriptions, and those that are still to come.
     pub fn close_events(&self) {
         self.events.close();
+    }
+
+    /// Where the pod's driver says what it does.
+    pub(crate) fn doing(&self, id: &PodId) -> Arc<Doing> {
+        let doing = self
+            .read()
+            .pods
+            .get(id)
+            .map(|entry| Arc::clone(&entry.doing));
+        doing.unwrap_or_default()
+    }
+
+    /// Every driver, of half-made pods too.
+    pub fn drivers(&self) -> Vec<DriverView> {
+        let entries: Vec<_> = self
+            .read()
+            .pods
+            .iter()
+            .map(|(id, entry)| {
+                let waiting = entry.mailbox.max_capacity() - entry.mailbox.capacity();
+                (
+                    id.clone(),
+                    entry.view.clone(),
+                    waiting,
+                    Arc::clone(&entry.doing),
+                )
+            })
+            .collect();
+        let drivers = entries.into_iter().map(|(pod, view, waiting, doing)| {
+            let doing = doing.lock();
+            let busy = doing.busy.iter();
+            DriverView {
+                pod,
+                view,
+                waiting,
+                handling: doing.handling.map(|since| since.elapsed()),
+                busy: busy
+                    .map(|(id, (what, since))| (id.clone(), *what, since.elapsed()))
+                    .collect(),
+            }
+        });
+        drivers.collect()
     }
 
     pub(crate) fn mailbox(&self, id: &PodId) -> Option<mpsc::Sender<Msg>> {

@@ -22,6 +22,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use crate::activity::{Activity, Of};
 use crate::pod::Msg;
 use crate::{Error, failpoint};
 
@@ -77,6 +78,7 @@ pub struct Shim {
     waiting: Arc<Waiting>,
     next_id: AtomicU64,
     misses: AtomicU32,
+    activity: Arc<Activity>,
 }
 
 impl std::fmt::Debug for Shim {
@@ -191,17 +193,19 @@ const SHIM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 impl Shim {
     /// Connects and says hello. Events and the news of the shim's death go to `mailbox`.
     pub async fn connect(
+        activity: &Arc<Activity>,
         pod: &PodId,
         socket: &Path,
         limit: Duration,
         mailbox: mpsc::Sender<Msg>,
     ) -> Result<(Arc<Self>, v1::HelloReply), Error> {
-        Self::connect_to(None, pod, socket, limit, mailbox).await
+        Self::connect_to(activity, None, pod, socket, limit, mailbox).await
     }
 
     /// As `connect`, if the one who listens there is the process given. Another is left alone: its
     /// connection to whoever started it would be shut.
     pub async fn connect_to(
+        activity: &Arc<Activity>,
         only: Option<ProcessRef>,
         pod: &PodId,
         socket: &Path,
@@ -244,6 +248,7 @@ impl Shim {
             waiting: Arc::clone(&waiting),
             next_id: AtomicU64::new(1),
             misses: AtomicU32::new(0),
+            activity: Arc::clone(activity),
         });
         tokio::spawn(write_frames(write, queue));
         tokio::spawn(read_frames(read, waiting, process, mailbox.clone()));
@@ -309,6 +314,7 @@ impl Shim {
             request::Body::Exec(exec) => Some((exec.container_id.clone(), exec.exec_id.clone())),
             _ => None,
         };
+        let step = self.activity.begin(name_of(&body), Of::shim(&self.pod));
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let frame = encode(&v1::Request {
             id,
@@ -327,13 +333,17 @@ impl Shim {
         match timeout(limit, exchange).await {
             Ok(reply) => {
                 self.misses.store(0, Ordering::Relaxed);
+                step.end(reply.is_ok());
                 reply
             }
             Err(_) => {
                 lock(&self.waiting.replies).remove(&id);
+                let counts = &self.activity.shims;
+                counts.missed.fetch_add(1, Ordering::Relaxed);
                 let misses = self.misses.fetch_add(1, Ordering::Relaxed) + 1;
                 if misses >= MISSES_UNTIL_HUNG {
                     tracing::error!(pod = %self.pod, misses, "the shim is hung: it is killed");
+                    counts.killed.fetch_add(1, Ordering::Relaxed);
                     self.kill();
                 }
                 Err(Error::Shim {
@@ -452,6 +462,28 @@ impl Shim {
         if let Err(error) = self.pidfd.signal(SIGKILL) {
             tracing::debug!(pod = %self.pod, %error, "kill shim");
         }
+    }
+}
+
+/// What a call is listed as while it is under way.
+fn name_of(body: &request::Body) -> &'static str {
+    match body {
+        request::Body::Hello(_) => "shim: hello",
+        request::Body::Start(_) => "shim: start container",
+        request::Body::Signal(_) => "shim: signal",
+        request::Body::Delete(_) => "shim: delete container",
+        request::Body::State(_) => "shim: state",
+        request::Body::Exec(_) => "shim: exec",
+        request::Body::Update(_) => "shim: update",
+        request::Body::ReopenLog(_) => "shim: reopen log",
+        request::Body::Attach(_) => "shim: attach",
+        request::Body::Custody(_) => "shim: custody",
+        request::Body::Adopt(_) => "shim: adopt",
+        request::Body::KeepHolder(_) => "shim: keep holder",
+        request::Body::Shutdown(_) => "shim: shutdown",
+        request::Body::KillExec(_) => "shim: kill exec",
+        request::Body::ResizePty(_) => "shim: resize terminal",
+        request::Body::Ack(_) => "shim: ack",
     }
 }
 
@@ -676,7 +708,9 @@ mod tests {
         let socket = dir.path().join("shim.sock");
         let fake = FakeShim::start(&socket, pod.as_str(), answer).unwrap();
         let (mailbox, messages) = mpsc::channel(8);
-        let (shim, hello) = Shim::connect(&pod, &socket, LIMIT, mailbox).await.unwrap();
+        let (shim, hello) = Shim::connect(&Arc::default(), &pod, &socket, LIMIT, mailbox)
+            .await
+            .unwrap();
         assert_eq!(hello.pod_id, pod.as_str());
         (dir, fake, shim, messages)
     }
@@ -694,7 +728,7 @@ mod tests {
         let _fake = FakeShim::start(&socket, "another", |_| Answer::Silence).unwrap();
         let (mailbox, _messages) = mpsc::channel(8);
         let pod = PodId::from_random([7; 32]);
-        let error = Shim::connect(&pod, &socket, LIMIT, mailbox)
+        let error = Shim::connect(&Arc::default(), &pod, &socket, LIMIT, mailbox)
             .await
             .unwrap_err();
         assert!(error.to_string().contains("another"), "{error}");
@@ -800,7 +834,15 @@ mod tests {
         let (mailbox, _) = mpsc::channel(8);
         let socket = dir.path().join("shim.sock");
         let pod = PodId::from_random([7; 32]);
-        let outcome = Shim::connect_to(Some(stranger), &pod, &socket, LIMIT, mailbox).await;
+        let outcome = Shim::connect_to(
+            &Arc::default(),
+            Some(stranger),
+            &pod,
+            &socket,
+            LIMIT,
+            mailbox,
+        )
+        .await;
         assert!(outcome.unwrap_err().to_string().contains("socket"));
     }
 

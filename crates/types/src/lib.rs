@@ -7,6 +7,7 @@ pub mod error;
 pub mod id;
 pub mod process;
 pub mod state;
+pub mod times;
 
 pub use digest::Digest;
 pub use error::{ErrorKind, Kind};

@@ -6,6 +6,7 @@ pub mod echo;
 pub mod gantryctl;
 pub mod kubectl;
 pub mod log;
+pub mod metrics;
 pub mod streaming;
 pub mod terminal;
 pub mod young;

@@ -11,6 +11,7 @@ use tonic::Status;
 
 use super::Runtime;
 use crate::convert;
+use crate::inflight::about;
 use crate::status::{invalid, status};
 
 impl Runtime {
@@ -28,6 +29,7 @@ impl Runtime {
             }
             Some(_) => {}
         }
+        about(&request.pod_sandbox_id);
         let id = self
             .supervisor
             .create_container(&request.pod_sandbox_id, config)
@@ -39,6 +41,7 @@ impl Runtime {
     }
 
     pub(super) async fn start(&self, id: &str) -> Result<cri::StartContainerResponse, Status> {
+        about(id);
         self.supervisor.start_container(id).await.map_err(status)?;
         Ok(cri::StartContainerResponse {})
     }
@@ -47,6 +50,7 @@ impl Runtime {
         &self,
         request: &cri::StopContainerRequest,
     ) -> Result<cri::StopContainerResponse, Status> {
+        about(&request.container_id);
         let grace = seconds("timeout", request.timeout)?;
         self.supervisor
             .stop_container(&request.container_id, grace)
@@ -56,6 +60,7 @@ impl Runtime {
     }
 
     pub(super) async fn remove(&self, id: &str) -> Result<cri::RemoveContainerResponse, Status> {
+        about(id);
         self.supervisor.remove_container(id).await.map_err(status)?;
         Ok(cri::RemoveContainerResponse {})
     }
@@ -64,6 +69,7 @@ impl Runtime {
         &self,
         request: cri::UpdateContainerResourcesRequest,
     ) -> Result<cri::UpdateContainerResourcesResponse, Status> {
+        about(&request.container_id);
         let resources = request
             .linux
             .ok_or_else(|| invalid("linux", "is missing"))?;
@@ -78,6 +84,7 @@ impl Runtime {
         &self,
         id: &str,
     ) -> Result<cri::ReopenContainerLogResponse, Status> {
+        about(id);
         self.supervisor.reopen_log(id).await.map_err(status)?;
         Ok(cri::ReopenContainerLogResponse {})
     }

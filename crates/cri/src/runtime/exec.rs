@@ -5,6 +5,7 @@ use tonic::Status;
 
 use super::Runtime;
 use super::container::seconds;
+use crate::inflight::about;
 use crate::status::status;
 
 impl Runtime {
@@ -12,6 +13,7 @@ impl Runtime {
         &self,
         request: cri::ExecSyncRequest,
     ) -> Result<cri::ExecSyncResponse, Status> {
+        about(&request.container_id);
         let limit = seconds("timeout", request.timeout)?;
         let output = self
             .supervisor

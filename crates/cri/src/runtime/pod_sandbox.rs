@@ -10,6 +10,7 @@ use tonic::Status;
 
 use super::Runtime;
 use crate::convert;
+use crate::inflight::about;
 use crate::status::{invalid, status};
 
 impl Runtime {
@@ -20,6 +21,9 @@ impl Runtime {
         let config = request
             .config
             .ok_or_else(|| invalid("config", "is missing"))?;
+        if let Some(metadata) = &config.metadata {
+            about(&format!("{}/{}", metadata.namespace, metadata.name));
+        }
         let id = self
             .supervisor
             .run_pod(config, request.runtime_handler)
@@ -31,6 +35,7 @@ impl Runtime {
     }
 
     pub(super) async fn stop_pod(&self, id: &str) -> Result<cri::StopPodSandboxResponse, Status> {
+        about(id);
         self.supervisor.stop_pod(id).await.map_err(status)?;
         Ok(cri::StopPodSandboxResponse {})
     }
@@ -39,6 +44,7 @@ impl Runtime {
         &self,
         id: &str,
     ) -> Result<cri::RemovePodSandboxResponse, Status> {
+        about(id);
         self.supervisor.remove_pod(id).await.map_err(status)?;
         Ok(cri::RemovePodSandboxResponse {})
     }
@@ -71,6 +77,7 @@ impl Runtime {
         &self,
         request: cri::UpdatePodSandboxResourcesRequest,
     ) -> Result<cri::UpdatePodSandboxResourcesResponse, Status> {
+        about(&request.pod_sandbox_id);
         let overhead = request.overhead.unwrap_or_default();
         let resources = request.resources.unwrap_or_default();
         self.supervisor

@@ -5,6 +5,7 @@ use gantry_streaming::{AttachRequest, ExecRequest, PortForwardRequest, Stdio};
 use tonic::Status;
 
 use super::Runtime;
+use crate::inflight::about;
 use crate::status::{invalid, status};
 
 /// The streams that a request of CRI names: those of Exec and Attach have the same fields.
@@ -25,6 +26,7 @@ impl Runtime {
         request: cri::ExecRequest,
     ) -> Result<cri::ExecResponse, Status> {
         let id = &request.container_id;
+        about(id);
         let view = self
             .supervisor
             .running_container(id)
@@ -47,6 +49,7 @@ impl Runtime {
         request: cri::AttachRequest,
     ) -> Result<cri::AttachResponse, Status> {
         let id = &request.container_id;
+        about(id);
         let view = self
             .supervisor
             .running_container(id)

@@ -173,7 +173,9 @@ mod tests {
         })
         .unwrap();
         let (mailbox, _messages) = mpsc::channel(8);
-        let (shim, _) = Shim::connect(&pod, &socket, limit, mailbox).await.unwrap();
+        let (shim, _) = Shim::connect(&Arc::default(), &pod, &socket, limit, mailbox)
+            .await
+            .unwrap();
         let facts = ContainerFacts {
             id: ContainerId::from_random([8; 32]),
             pod,

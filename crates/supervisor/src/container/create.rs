@@ -13,6 +13,7 @@ use prost::Message;
 use super::relabel::relabel;
 use super::resolve::{self, Sources};
 use super::{Container, mounts, root, stop};
+use crate::activity::Of;
 use crate::clock::now_ns;
 use crate::pod::{Driver, Reply, answer};
 use crate::records::set_container_state;
@@ -94,6 +95,9 @@ impl Driver {
         // Its layers are held until the container is published with their names.
         let mounted = Arc::new(mounted);
         let leases = (Arc::clone(&image), Arc::clone(&mounted));
+        let step = ctx
+            .activity
+            .begin("create container", Of::container(&pod, &id));
         self.effect(
             async move {
                 let images = mounted.iter().map(|(_, mounted)| mounted);
@@ -107,12 +111,14 @@ impl Driver {
                 let made = tokio::task::spawn_blocking(move || {
                     make(&ctx, &pod, &facts, &image, status, target_pid)
                 });
-                made.await.unwrap_or_else(|panic| {
+                let made = made.await.unwrap_or_else(|panic| {
                     Err(Failed {
                         error: Error::internal("create container", panic),
                         left: Some("the work was cut short".to_owned()),
                     })
-                })
+                });
+                step.end(made.is_ok());
+                made
             },
             move |driver, outcome| {
                 driver.finish_create(&id, outcome);

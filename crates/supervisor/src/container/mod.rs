@@ -142,8 +142,13 @@ impl Driver {
             match may_stop {
                 Decision::Go => self.drive_stop(id),
                 Decision::Done | Decision::Deny(_) => {
-                    let waiters = container.stop.take().map(|wish| wish.waiters);
-                    answer(waiters.unwrap_or_default(), &Ok(()));
+                    let Some(mut wish) = container.stop.take() else {
+                        return;
+                    };
+                    if let Some(step) = wish.step.take() {
+                        step.end(true);
+                    }
+                    answer(wish.waiters, &Ok(()));
                 }
             }
         }

@@ -7,6 +7,7 @@ use gantry_shim_api::v1::{self, request};
 use gantry_types::{ContainerId, ContainerState, Decision, ErrorKind, Exit, ProcessRef};
 use tokio::time::Instant;
 
+use crate::activity::Of;
 use crate::clock::now_ns;
 use crate::pod::{Asked, Driver, Reply, SHIM_ENDED, blocking};
 use crate::registry::ContainerFacts;
@@ -52,6 +53,9 @@ impl Driver {
         let process = shim.process();
         let ctx = Arc::clone(&self.ctx);
         let base = container.status.clone();
+        let step = ctx
+            .activity
+            .begin("start container", Of::container(&self.facts, id));
         let key = id.clone();
         let id = id.clone();
         self.effect(
@@ -80,6 +84,7 @@ impl Driver {
                 let copy = status.clone();
                 let recorded =
                     blocking(move || ctx.records.put_container_status(&key, &copy)).await;
+                step.end(started.is_ok() && recorded.is_ok());
                 (started, status, recorded, adopted)
             },
             move |driver, (started, status, recorded, adopted)| {

@@ -17,6 +17,7 @@ use gantry_types::{ContainerId, ContainerState, Decision, Exit};
 use tokio::time::Instant;
 
 use super::Container;
+use crate::activity::{Of, Step};
 use crate::clock::now_ns;
 use crate::pod::{
     Driver, Reply, answer, blocking, delete_from_runtime, kill_cgroup, remove_container_cgroup,
@@ -43,6 +44,8 @@ pub(crate) struct StopWish {
     stage: Stage,
     /// The deadline for which a timer runs: one each, however often the pod is spoken to meanwhile.
     timer: Option<Instant>,
+    /// Under way, once its first step is taken.
+    pub(super) step: Option<Step>,
 }
 
 impl Container {
@@ -54,6 +57,7 @@ impl Container {
             forced: false,
             stage: Stage::Wished,
             timer: None,
+            step: None,
         });
         wish.deadline = wish.deadline.min(deadline);
         match waiter {
@@ -73,6 +77,7 @@ impl StopWish {
 impl Driver {
     /// Takes the next step of a stop, if it is due.
     pub(super) fn drive_stop(&mut self, id: &ContainerId) {
+        let (activity, of) = (&self.ctx.activity, Of::container(&self.facts, id));
         let now = Instant::now();
         let kill_limit = self.ctx.settings.timeouts.kill;
         let has_shim = self.shim.is_some();
@@ -83,6 +88,8 @@ impl Driver {
         let Some(wish) = container.stop.as_mut() else {
             return;
         };
+        let begin = || activity.begin("stop container", of);
+        wish.step.get_or_insert_with(begin);
         let due = now >= wish.deadline;
         match wish.stage {
             Stage::CgroupKill => {}
@@ -280,25 +287,33 @@ impl Driver {
         let cgroup = std::path::PathBuf::from(&container.facts.record.cgroup_dir);
         let key = id.clone();
         let id = id.clone();
+        let step = ctx
+            .activity
+            .begin("remove container", Of::container(&self.facts, &id));
         self.effect(
             async move {
-                let body = v1::Delete {
-                    container_id: key.to_string(),
+                let removal = async {
+                    let body = v1::Delete {
+                        container_id: key.to_string(),
+                    };
+                    let limit = ctx.settings.timeouts.runtime;
+                    if let Some(shim) = shim {
+                        shim.done(request::Body::Delete(body), limit).await?;
+                    }
+                    // What the shim never knew, because another had started it; nothing else.
+                    delete_from_runtime(&ctx, &handler, &key).await?;
+                    let state = ctx.settings.handler(&handler);
+                    let state = state.map(|handler| handler.root.join(key.as_str()));
+                    blocking(move || {
+                        state.as_deref().map_or(Ok(()), remove_state)?;
+                        remove_container_cgroup(&ctx, &cgroup)?;
+                        remove_files(&ctx, &key)
+                    })
+                    .await
                 };
-                let limit = ctx.settings.timeouts.runtime;
-                if let Some(shim) = shim {
-                    shim.done(request::Body::Delete(body), limit).await?;
-                }
-                // What the shim never knew, because another had started it; nothing else.
-                delete_from_runtime(&ctx, &handler, &key).await?;
-                let state = ctx.settings.handler(&handler);
-                let state = state.map(|handler| handler.root.join(key.as_str()));
-                blocking(move || {
-                    state.as_deref().map_or(Ok(()), remove_state)?;
-                    remove_container_cgroup(&ctx, &cgroup)?;
-                    remove_files(&ctx, &key)
-                })
-                .await
+                let removed = removal.await;
+                step.end(removed.is_ok());
+                removed
             },
             move |driver, outcome| {
                 let Some(container) = driver.containers.get_mut(&id) else {

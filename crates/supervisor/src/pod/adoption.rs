@@ -12,6 +12,7 @@
 //! Meanwhile the pod is busy: what needs a shim waits, and what was published stays published.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use gantry_shim_api::v1;
@@ -20,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::{Asked, Driver, Msg, Request, SHIM_ENDED, run, teardown};
+use crate::activity::Of;
 use crate::container::start_request;
 use crate::registry::PodFacts;
 use crate::shim::{Custody, Shim, spawn};
@@ -148,7 +150,11 @@ impl Driver {
             holder: self.recorded_holder(),
             adoptees: self.adoptees(lost),
         };
-        self.effect(carry_out(plan), Self::finish_adoption);
+        let (activity, of) = (Arc::clone(&self.ctx.activity), Of::pod(&self.facts));
+        self.effect(
+            async move { activity.during("replace shim", of, carry_out(plan)).await },
+            Self::finish_adoption,
+        );
     }
 
     /// What is to go on; `Err` says why the pod does not.
@@ -206,6 +212,11 @@ impl Driver {
         };
         let (adopted, why) = match outcome {
             Ok((shim, adopted)) => {
+                self.ctx
+                    .activity
+                    .shims
+                    .adopted
+                    .fetch_add(1, Ordering::Relaxed);
                 let took = adoption.began.elapsed();
                 let containers = adopted.len();
                 tracing::warn!(pod = %self.id(), ?took, containers, "shim ended: another took over");
@@ -221,6 +232,9 @@ impl Driver {
                 (adopted, "its shim ended")
             }
             Err(why) => {
+                if self.state.is_ready() {
+                    self.ctx.activity.shims.lost.fetch_add(1, Ordering::Relaxed);
+                }
                 tracing::warn!(pod = %self.id(), why, "shim ended: nobody takes over");
                 self.lose(SHIM_ENDED);
                 (Vec::new(), SHIM_ENDED)
@@ -307,7 +321,11 @@ async fn adopt(
     let mut bootstrap = run::bootstrap(ctx, facts, handler)?;
     bootstrap.adopt = Some(holder.into());
     let limit = ctx.settings.timeouts.shim_start;
-    let ready = spawn(&ctx.settings.shim, &facts.id, &bootstrap, limit).await?;
+    let started = spawn(&ctx.settings.shim, &facts.id, &bootstrap, limit);
+    let ready = ctx
+        .activity
+        .during(run::START_SHIM, Of::pod(facts), started);
+    let ready = ready.await?;
     let process = ready
         .shim
         .ok_or_else(|| Error::internal("start shim", "it told no process of its own"))?;
@@ -333,7 +351,7 @@ async fn introduce(
     run::place_shim(ctx, facts, process).await?;
     let socket = ctx.records.dirs.socket(&facts.id);
     let limit = ctx.settings.timeouts.shim_call;
-    let (shim, _) = Shim::connect(&facts.id, &socket, limit, mailbox).await?;
+    let (shim, _) = Shim::connect(&ctx.activity, &facts.id, &socket, limit, mailbox).await?;
     if !shim.knows_adoption() {
         let message = format!(
             "its shim is older than this daemon: protocol {}",

@@ -26,10 +26,11 @@ use gantry_shim_api::v1;
 use gantry_store::record;
 use gantry_types::{ContainerId, ContainerState, PodId, PodState, ProcessRef};
 use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument;
 
 use crate::container::Container;
 use crate::records::set_pod_state;
-use crate::registry::{ContainerFacts, PodFacts, PodName, PodView};
+use crate::registry::{ContainerFacts, Doing, PodFacts, PodName, PodView};
 use crate::shim::Shim;
 use crate::{Context, Error};
 
@@ -48,13 +49,14 @@ pub(crate) const MAILBOX: usize = 256;
 pub(crate) const SHIM_ENDED: &str = "the pod's shim ended";
 
 pub(crate) enum Msg {
-    Request(Request),
+    /// With the span of the call that asks.
+    Request(tracing::Span, Request),
     Event(v1::event::Body),
     /// The connection to this shim ended; its process may live on.
     Disconnected(ProcessRef),
     ShimExited(ProcessRef),
     /// An effect has ended.
-    Apply(Box<dyn FnOnce(&mut Driver) + Send>),
+    Apply(tracing::Span, Box<dyn FnOnce(&mut Driver) + Send>),
 }
 
 pub(crate) struct Driver {
@@ -126,20 +128,42 @@ impl Driver {
 
     /// Handles messages until the pod is removed.
     pub(crate) async fn run(mut self, mut messages: mpsc::Receiver<Msg>) {
+        let doing = self.ctx.registry.doing(self.id());
+        self.tell(&doing);
         while let Some(message) = messages.recv().await {
-            match message {
-                Msg::Request(request) => self.request(request),
-                Msg::Event(event) => self.event(event),
-                Msg::Disconnected(shim) => self.disconnected(shim),
-                Msg::ShimExited(shim) => self.shim_exited(shim),
-                Msg::Apply(apply) => apply(&mut self),
-            }
-            self.advance();
+            doing.handles();
+            self.handle(message);
+            self.tell(&doing);
             if self.ended {
                 break;
             }
         }
         // Whoever still sends finds the mailbox closed and answers NotFound.
+    }
+
+    fn tell(&self, doing: &Doing) {
+        let of_pod = self.busy.map(|what| ("", what));
+        let containers = self.containers.iter();
+        let of_containers =
+            containers.filter_map(|(id, container)| Some((id.as_str(), container.busy?)));
+        doing.handled(of_pod.into_iter().chain(of_containers));
+    }
+
+    fn handle(&mut self, message: Msg) {
+        let span = match &message {
+            Msg::Request(span, _) | Msg::Apply(span, _) => span.clone(),
+            _ => tracing::Span::none(),
+        };
+        // What it begins belongs to who asked for it.
+        let _entered = span.entered();
+        match message {
+            Msg::Request(_, request) => self.request(request),
+            Msg::Event(event) => self.event(event),
+            Msg::Disconnected(shim) => self.disconnected(shim),
+            Msg::ShimExited(shim) => self.shim_exited(shim),
+            Msg::Apply(_, apply) => apply(self),
+        }
+        self.advance();
     }
 
     pub(crate) fn id(&self) -> &PodId {
@@ -171,11 +195,12 @@ impl Driver {
         then: impl FnOnce(&mut Driver, T) + Send + 'static,
     ) {
         let mailbox = self.mailbox.clone();
+        let span = tracing::Span::current();
         tokio::spawn(async move {
-            let outcome = work.await;
+            let outcome = work.instrument(span.clone()).await;
             let apply = Box::new(move |driver: &mut Driver| then(driver, outcome));
             // A closed mailbox means that the pod was removed meanwhile.
-            let _ = mailbox.send(Msg::Apply(apply)).await;
+            let _ = mailbox.send(Msg::Apply(span, apply)).await;
         });
     }
 
@@ -286,7 +311,9 @@ impl Driver {
             async move {
                 let socket = ctx.records.dirs.socket(&id);
                 let limit = ctx.settings.timeouts.shim_call;
-                let connected = Shim::connect_to(Some(process), &id, &socket, limit, mailbox).await;
+                let connected =
+                    Shim::connect_to(&ctx.activity, Some(process), &id, &socket, limit, mailbox)
+                        .await;
                 if connected.is_err() {
                     shim.kill();
                 }

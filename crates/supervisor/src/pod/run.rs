@@ -15,11 +15,15 @@ use gantry_types::{ErrorKind, PodState, ProcessRef};
 use tokio::sync::mpsc;
 
 use super::{Awaited, Driver, Msg, SHIM_ENDED, answer, blocking, files, teardown};
+use crate::activity::Of;
 use crate::registry::PodFacts;
 use crate::settings::{Handler, Settings};
 use crate::shim::{Shim, spawn};
 use crate::undo::Undo;
 use crate::{Context, Error, cgroup, failpoint};
+
+/// What a shim's start is listed as while it is under way.
+pub(super) const START_SHIM: &str = "start shim";
 
 /// tmpfs shared by the pod's containers as /dev/shm.
 const SHM_BYTES: &str = "67108864";
@@ -141,7 +145,12 @@ impl Driver {
         let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
         let mailbox = self.mailbox();
         self.effect(
-            async move { make(&ctx, &facts, mailbox).await },
+            async move {
+                let making = make(&ctx, &facts, mailbox);
+                ctx.activity
+                    .during("run pod", Of::pod(&facts), making)
+                    .await
+            },
             Self::finish_run,
         );
     }
@@ -251,7 +260,8 @@ async fn steps(
         let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
         async move { blocking(move || teardown::sweep(&ctx, &facts)).await }
     });
-    blocking({
+    let of = || Of::pod(facts);
+    let intent = blocking({
         let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
         move || {
             ctx.records.begin_pod(&facts.id, &facts.record)?;
@@ -259,15 +269,17 @@ async fn steps(
             make_shm(&ctx, &facts)?;
             failpoint::at("pod::after-intent")
         }
-    })
-    .await?;
+    });
+    let activity = &ctx.activity;
+    activity.during("flush intent", of(), intent).await?;
 
     undo.push("end shim", {
         let (ctx, facts) = (Arc::clone(ctx), Arc::clone(facts));
         async move { teardown::end_shim(&ctx, &facts, None, None, None).await }
     });
     let limit = ctx.settings.timeouts.shim_start;
-    let ready = spawn(&ctx.settings.shim, id, &bootstrap, limit).await?;
+    let started = spawn(&ctx.settings.shim, id, &bootstrap, limit);
+    let ready = activity.during(START_SHIM, of(), started).await?;
     let process = |process: Option<v1::Process>, what: &str| match process {
         Some(process) => Ok(ProcessRef {
             pid: process.pid,
@@ -279,7 +291,7 @@ async fn steps(
     let own = process(ready.shim, "process of its own")?;
     let socket = ctx.records.dirs.socket(id);
     let limit = ctx.settings.timeouts.shim_call;
-    let (shim, _) = Shim::connect(id, &socket, limit, mailbox).await?;
+    let (shim, _) = Shim::connect(activity, id, &socket, limit, mailbox).await?;
 
     failpoint::at("pod::after-shim")?;
 
@@ -291,7 +303,10 @@ async fn steps(
         });
     }
     // Side by side, and each to its end: what takes them back must not meet them under way.
-    let (placed, attached) = tokio::join!(place(ctx, facts, holder, own), attach(ctx, facts));
+    let (placed, attached) = tokio::join!(
+        activity.during("make scopes", of(), place(ctx, facts, holder, own)),
+        attach(ctx, facts)
+    );
     placed?;
     let mut status = record::PodStatus::default();
     if let Some(attached) = attached? {
@@ -305,14 +320,14 @@ async fn steps(
         holder,
     };
     crate::records::set_pod_state(&mut status, &state);
-    blocking({
+    let result = blocking({
         let (ctx, id, status) = (Arc::clone(ctx), id.clone(), status.clone());
         move || {
             ctx.records.put_pod_status(&id, &status)?;
             failpoint::at("pod::after-result")
         }
-    })
-    .await?;
+    });
+    activity.during("flush result", of(), result).await?;
     Ok(Made {
         shim,
         status,
@@ -369,8 +384,12 @@ async fn attach(ctx: &Context, facts: &PodFacts) -> Result<Option<Attached>, Err
     }
     let attachment = attachment(facts, Some(Path::new(&facts.record.netns_path)))?;
     let intent = &facts.record.network_intent;
-    let attached = ctx.network.attach(&attachment, intent).await;
-    attached.map(Some).map_err(Error::step("set up network"))
+    let attached = ctx.network.attach(&attachment, intent);
+    let attached = ctx.activity.during("network ADD", Of::pod(facts), attached);
+    attached
+        .await
+        .map(Some)
+        .map_err(Error::step("set up network"))
 }
 
 /// The name that containers of the pod see. Never read back from the pod's file, which they may

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::{Driver, answer, blocking, teardown};
 use crate::Error;
+use crate::activity::Of;
 
 pub(super) const STOPPING: &str = "stopping";
 const REMOVING: &str = "removing";
@@ -97,6 +98,7 @@ impl Driver {
             self.status.network_result.clone()
         };
         let mut status = self.status.clone();
+        let step = self.ctx.activity.begin("stop pod", Of::pod(&facts));
         self.effect(
             async move {
                 // Before the shim, which takes the network namespace along.
@@ -125,6 +127,7 @@ impl Driver {
                 let (id, copy) = (facts.id.clone(), status.clone());
                 let recorded = blocking(move || ctx.records.put_pod_status(&id, &copy)).await;
                 let keep = if failed.is_some() { shim } else { None };
+                step.end(failed.is_none() && recorded.is_ok());
                 (failed.map_or(recorded, Err), status, keep)
             },
             |driver, (outcome, status, shim)| {
@@ -155,8 +158,13 @@ impl Driver {
         }
         self.busy = Some(REMOVING);
         let (ctx, facts) = (Arc::clone(&self.ctx), Arc::clone(&self.facts));
+        let step = self.ctx.activity.begin("remove pod", Of::pod(&facts));
         self.blocking(
-            move || ctx.records.forget_pod(&facts.id),
+            move || {
+                let forgotten = ctx.records.forget_pod(&facts.id);
+                step.end(forgotten.is_ok());
+                forgotten
+            },
             |driver, outcome| {
                 driver.busy = None;
                 if outcome.is_ok() {

@@ -12,6 +12,7 @@ use gantry_types::{ContainerId, ProcessRef};
 use nix::mount::{MntFlags, umount2};
 
 use super::{blocking, run};
+use crate::activity::Of;
 use crate::registry::PodFacts;
 use crate::shim::Shim;
 use crate::{Context, Error, failpoint};
@@ -27,10 +28,9 @@ pub(crate) async fn release_network(
     let netns = is_netns(path).then_some(path);
     let attachment = run::attachment(facts, netns)?;
     failpoint::at("network::before-release")?;
-    ctx.network
-        .detach(&attachment, raw)
-        .await
-        .map_err(Error::step("tear down network"))?;
+    let detached = ctx.network.detach(&attachment, raw);
+    let detached = ctx.activity.during("network DEL", Of::pod(facts), detached);
+    detached.await.map_err(Error::step("tear down network"))?;
     failpoint::at("network::released")
 }
 
@@ -125,7 +125,7 @@ async fn end_process(
         None => {
             let socket = ctx.records.dirs.socket(&facts.id);
             let (mailbox, _closed) = tokio::sync::mpsc::channel(1);
-            Shim::connect(&facts.id, &socket, limits.shim_call, mailbox)
+            Shim::connect(&ctx.activity, &facts.id, &socket, limits.shim_call, mailbox)
                 .await
                 .ok()
                 .map(|(s, _)| s)

@@ -18,6 +18,7 @@ mod init;
 mod isolation;
 mod lists;
 mod lost;
+mod metrics;
 mod mounts;
 mod native;
 mod pods;
