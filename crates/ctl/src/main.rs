@@ -3,6 +3,8 @@
 mod check;
 mod image;
 mod progress;
+mod state;
+mod table;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -42,6 +44,13 @@ enum Command {
         #[arg(long)]
         repair: bool,
     },
+    /// Show what gantryd is at: pods and containers by state, calls and steps under way with their
+    /// age, pulls, shims, the store; exits with 2 if something is stuck
+    State {
+        /// As JSON, with every driver (docs/observability.md)
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// What a listing may take: thousands of images, or pods.
@@ -66,6 +75,7 @@ fn main() -> ExitCode {
         match args.command {
             Command::Image(command) => image::run(command, channel).await,
             Command::Check { repair } => check::run(channel, repair).await,
+            Command::State { json } => state::run(channel, json).await,
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -1,6 +1,7 @@
 //! gantryd as a library: the configuration, and the wiring of everything behind the socket.
 
 pub mod config;
+mod dump;
 mod handlers;
 mod image_root;
 mod metrics;
@@ -8,5 +9,6 @@ mod server;
 mod snapshotter;
 mod socket;
 mod streaming;
+mod watchdog;
 
 pub use server::run;

@@ -23,15 +23,17 @@ use gantry_store::Store;
 use gantry_streaming::Certificate;
 use gantry_supervisor::host::APPARMOR_DEFAULT;
 use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Host, Settings, Supervisor, Timeouts};
+use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::config::{self, Config, SnapshotterName, StreamingTls};
+use crate::dump::Dump;
 use crate::metrics::{self, Metrics, Rpcs};
 use crate::streaming::Node;
-use crate::{handlers, snapshotter, socket};
+use crate::{handlers, snapshotter, socket, watchdog};
 
 /// What the kubelet receives at most; what we accept is a config with its annotations.
 const MESSAGE_LIMIT: usize = 16 << 20;
@@ -52,6 +54,7 @@ const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 pub async fn run(config: Config) -> Result<()> {
     let began = Instant::now();
     gantry_sys::fs::umask(0o077);
+    let dump = Dump::listen(config.state.join("dumps")).context("listen for SIGUSR1")?;
     private_dir(&config.root, 0o700)?;
     private_dir(config.image_root(), 0o700)?;
     // Others may pass through to the CRI socket; everything else in there is 0700.
@@ -111,6 +114,7 @@ pub async fn run(config: Config) -> Result<()> {
         began,
         config: config.sources.clone(),
     };
+    dump.look_at(state.clone());
     let conditions = Conditions {
         config: serde_json::to_value(&config)?,
         not_ready: Arc::new(move || {
@@ -166,6 +170,7 @@ pub async fn run(config: Config) -> Result<()> {
     let summary = tokio::select! {
         summary = supervisor.recover() => summary.context("recovery")?,
         _ = terminate.recv() => bail!("stopped during recovery"),
+        never = watchdog::while_recovering(&supervisor) => match never {},
     };
     tracing::info!(
         pods = summary.pods,
@@ -175,7 +180,7 @@ pub async fn run(config: Config) -> Result<()> {
         "recovered"
     );
     gate.open();
-    let events = supervisor.clone();
+    let (events, watched) = (supervisor.clone(), supervisor.clone());
     // What a killed daemon left of removals and pulls. Nobody waits for it.
     tokio::spawn(async move {
         loop {
@@ -184,9 +189,10 @@ pub async fn run(config: Config) -> Result<()> {
         }
     });
     tracing::info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("ready")]) {
         tracing::warn!(%error, "systemd was not told that we are ready");
     }
+    watchdog::start(&config.socket, watched);
 
     let mut serving = serving;
     tokio::select! {
@@ -197,7 +203,7 @@ pub async fn run(config: Config) -> Result<()> {
         _ = terminate.recv() => tracing::info!("SIGTERM: pods are left as they are"),
         _ = interrupt.recv() => tracing::info!("SIGINT: pods are left as they are"),
     }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
     drop(stop);
     // They would never end by themselves.
     events.registry().close_events();

@@ -375,23 +375,14 @@ impl Store {
     /// Asks the store for nothing in particular: returns when it has answered. Blocks as any other
     /// call does.
     pub fn probe(&self) -> Result<(), Error> {
+        gantry_sys::failpoint::pass("store::probed");
+        let access = access::<record::PodConfig>;
         self.with(|db| {
             tree::<record::PodConfig>(db, "")?
                 .get("")
-                .map_err(access::<record::PodConfig>(""))
+                .map_err(access(""))
         })
         .map(drop)
-    }
-
-    /// Bytes on disk. Blocks.
-    pub fn size(&self) -> Result<u64, Error> {
-        self.with(|db| {
-            db.size_on_disk().map_err(|source| Error::Access {
-                tree: "",
-                key: String::new(),
-                source,
-            })
-        })
     }
 
     fn flush(&self, db: &sled::Db) -> Result<(), Error> {

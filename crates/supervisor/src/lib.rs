@@ -302,6 +302,12 @@ impl Supervisor {
         }
     }
 
+    /// Returns when the store has answered a look-up. Blocks.
+    pub fn probe_store(&self) -> Result<(), Error> {
+        let probed = self.ctx.records.store.probe();
+        probed.map_err(Error::step("ask the store"))
+    }
+
     /// The node's snapshotters.
     pub fn snapshotters(&self) -> &Snapshotters {
         &self.ctx.snapshotters

@@ -166,6 +166,12 @@ impl Node {
         self.start_again(&[]).await;
     }
 
+    /// kill -9 and a new start, with none of the trouble that was asked for.
+    pub async fn kill_without_failpoints(&mut self) {
+        self.daemon.kill().expect("kill gantryd");
+        self.start_again(&[]).await;
+    }
+
     /// Serves an image as `test/NAME:1` and pulls it; returns its full name.
     pub async fn pull(&self, name: &str, image: &Image) -> String {
         let repository = format!("test/{name}");
