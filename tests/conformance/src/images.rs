@@ -91,7 +91,7 @@ pub fn publish(registry: &Registry, packages: &Path) -> Result<String> {
     let name = format!("{CRI_TOOLS}/hostnet-nginx-{}", kitchen.machine.architecture);
     registry.add(&name, "latest", &image);
     kitchen.serve(E2E, "httpd:2.4.39-4", &httpd(&base));
-    kitchen.serve(E2E, "nonewprivs:1.3", &nonewprivs(&base)?);
+    kitchen.serve(E2E, "nonewprivs:1.3", &nonewprivs(&base, packages)?);
 
     // One image under two hosts. Never run: a sandbox of ours needs none.
     let pause = ImageBuilder::new()
@@ -173,18 +173,30 @@ fn httpd(base: &Image) -> Image {
         .build()
 }
 
-/// A set-uid program.
-fn nonewprivs(base: &Image) -> Result<Image> {
-    let dir = tempfile::tempdir()?;
-    let source = dir.path().join("nonewprivs.c");
-    let program = dir.path().join("nnp");
+/// Compiles what images need beside packages into the directory `into`, for a machine that has no
+/// compiler.
+pub fn compile(into: &Path) -> Result<()> {
+    let source = into.join("nonewprivs.c");
     std::fs::write(&source, include_str!("../nonewprivs.c"))?;
     let status = Command::new("cc")
         .args(["-static", "-Os", "-s", "-o"])
-        .args([&program, &source])
+        .args([&into.join(NNP), &source])
         .status()
         .context("run cc")?;
     ensure!(status.success(), "cc: {status}");
+    Ok(())
+}
+
+const NNP: &str = "nnp";
+
+/// A set-uid program: the one in `packages`, or compiled now.
+fn nonewprivs(base: &Image, packages: &Path) -> Result<Image> {
+    let dir = tempfile::tempdir()?;
+    let mut program = packages.join(NNP);
+    if !program.is_file() {
+        compile(dir.path())?;
+        program = dir.path().join(NNP);
+    }
     let layer = Layer::new().file_mode("nnp", &std::fs::read(&program)?, 0o4755);
     Ok(on(base, Types::Oci)
         .layer(layer, Compression::Gzip)

@@ -40,6 +40,12 @@ enum Command {
     /// Print the Debian packages that the images are made of, one a line; names after the first
     /// are those that it has in other releases
     Packages,
+    /// Compile what the images need beside packages, for a machine that has no compiler
+    Compile {
+        /// The directory with the packages
+        #[arg(value_name = "DIR")]
+        into: PathBuf,
+    },
     /// Run the suite
     Suite(Suite),
 }
@@ -95,6 +101,7 @@ fn main() -> ExitCode {
             }
             return ExitCode::SUCCESS;
         }
+        Command::Compile { into } => images::compile(&into).map(|()| Totals::default()),
         Command::Suite(suite) => suite.run(),
     };
     match outcome {
