@@ -10,6 +10,11 @@ SYSCTLS=/etc/sysctl.d/60-gantry.conf
 # What dpkg knows of the package gantry: installed, config-files, nothing.
 package_state() { ! have dpkg-query || dpkg-query -W -f '${db:Status-Status}' gantry 2>/dev/null || true; }
 
+# Whether there is a package, also one that an upgrade has left half way.
+is_packaged() {
+    case $(package_state) in '' | not-installed | config-files) return 1 ;; esac
+}
+
 # Refuses a file that is no package of ours, for this machine.
 check_package() {
     local name architecture
@@ -27,7 +32,8 @@ install_package() {
     export DEBIAN_FRONTEND=noninteractive
     # Configuration that was changed is kept, without a question. --reinstall: the same version may
     # have been built anew.
-    options=(-q -y --reinstall --allow-downgrades -o Dpkg::Use-Pty=0
+    # --no-remove: what stands in its way, as another runtime's package of runc may, is for people.
+    options=(-q -y --reinstall --allow-downgrades --no-remove -o Dpkg::Use-Pty=0
         -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold)
     apt-get install "${options[@]}" "$package" && return
     # What it depends on may have to be fetched, by package lists that are absent or stale.
@@ -146,7 +152,8 @@ gantry.service is up on unix://$SOCKET, now and after each boot. The kubelet of 
   cgroupDriver: systemd                            needed before Kubernetes 1.28; since then gantry tells it
   kubeadm: --cri-socket unix://$SOCKET
 
-Configuration: $CONFIG, then: systemctl restart gantry. Upgrades and removal: docs/operations.md.
+Configuration: ${CONFIG%/*}/conf.d/NAME.toml with what differs from $CONFIG, which upgrades may
+replace; then: systemctl restart gantry. Upgrades and removal: docs/operations.md.
 END
 }
 
@@ -165,7 +172,7 @@ install_node() {
         DAEMON=$PACKAGED/gantryd CTL=$PACKAGED/gantryctl
     else
         [ -z "$package" ] || die "--package: not with --files, and not without apt-get"
-        [ "$(package_state)" != installed ] || die "gantry is installed as a package: sudo deploy/run --uninstall goes before"
+        ! is_packaged || die "gantry is installed as a package: sudo deploy/run --uninstall goes before"
         install_files
     fi
     wait_ready "$SOCKET" "$(daemon_pid)" ""
@@ -176,16 +183,15 @@ install_node() {
 # Stops the daemon and takes away what --install has brought; pods run on. $1: yes also for
 # configuration and data, if no pods are left.
 uninstall_node() {
-    local purge=$1 state
-    state=$(package_state)
-    case $state-$purge in
-        installed-no) dpkg --remove gantry ;;
-        installed-yes | config-files-yes) dpkg --purge gantry ;;
-        *)
-            if [ ! -e "$UNIT" ] && [ ! -e "$DAEMON" ] && [ "$purge" = no ]; then say "gantry is not installed"; return; fi
-            uninstall_files "$purge"
-            ;;
-    esac
+    local purge=$1
+    if is_packaged; then
+        if [ "$purge" = yes ]; then dpkg --purge gantry; else dpkg --remove gantry; fi
+        return
+    fi
+    if [ ! -f "$UNIT" ] && [ ! -e "$DAEMON" ] && [ "$purge" = no ]; then say "gantry is not installed"; return; fi
+    uninstall_files "$purge"
+    # What a package has left that was removed and not purged.
+    if [ "$purge" = yes ] && [ "$(package_state)" = config-files ]; then dpkg --purge gantry; fi
 }
 
 # Removes $2 if it is what $1 is.
@@ -206,10 +212,5 @@ uninstall_files() {
     if [ "$pods" -gt 0 ]; then say "$pods pods are left, and what runs in them runs on without the daemon"; fi
     [ "$purge" = yes ] || return 0
     remove_unchanged "$REPO/deploy/config.toml" "$CONFIG"
-    rmdir "${CONFIG%/*}"/{conf.d,certs.d} "${CONFIG%/*}" 2>/dev/null || true
-    if [ "$pods" -gt 0 ]; then
-        say "so $ROOT and $STATE stay; to be rid of them, install gantry again, remove all pods, and repeat"
-    else
-        remove_data
-    fi
+    remove_data
 }
