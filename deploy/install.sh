@@ -168,12 +168,16 @@ install_node() {
         install_package "$package"
         replace_files
         systemctl enable --quiet gantry.service
-        systemctl is-active --quiet gantry.service || systemctl start gantry.service
+        systemctl start gantry.service || true
         DAEMON=$PACKAGED/gantryd CTL=$PACKAGED/gantryctl
     else
         [ -z "$package" ] || die "--package: not with --files, and not without apt-get"
         ! is_packaged || die "gantry is installed as a package: sudo deploy/run --uninstall goes before"
         install_files
+    fi
+    if ! systemctl is-active --quiet gantry.service; then
+        journalctl -u gantry -n 20 --no-pager >&2
+        die "gantry.service does not start"
     fi
     wait_ready "$SOCKET" "$(daemon_pid)" ""
     check_node
