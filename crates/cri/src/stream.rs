@@ -12,8 +12,17 @@ pub type Chunks<T> = Iter<std::vec::IntoIter<Result<T, Status>>>;
 
 /// One response per chunk of items; none for no items.
 pub fn chunks<I: Clone, T>(items: Vec<I>, response: impl Fn(Vec<I>) -> T) -> Chunks<T> {
+    chunks_of(CHUNK, items, response)
+}
+
+/// As [`chunks`], for items that are larger.
+pub fn chunks_of<I: Clone, T>(
+    length: usize,
+    items: Vec<I>,
+    response: impl Fn(Vec<I>) -> T,
+) -> Chunks<T> {
     let responses: Vec<_> = items
-        .chunks(CHUNK)
+        .chunks(length)
         .map(|chunk| Ok(response(chunk.to_vec())))
         .collect();
     iter(responses)

@@ -31,11 +31,27 @@ pub struct Cgroups {
     pub driver: Driver,
     pub hierarchy: Hierarchy,
     /// Every mount of a hierarchy: an OCI runtime makes a container's cgroup in all of them.
-    pub mounts: Vec<PathBuf>,
+    pub mounts: Vec<HierarchyMount>,
     /// Parent of pods whose request names none.
     pub default_parent: String,
     /// Parent of the shims' cgroups: a path, or a slice with the systemd driver.
     pub shims: String,
+}
+
+/// Where one hierarchy is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HierarchyMount {
+    pub dir: PathBuf,
+    pub v2: bool,
+    /// Mount options, among which v1 names the hierarchy's controllers.
+    options: Vec<String>,
+}
+
+impl HierarchyMount {
+    /// Whether it is the v1 hierarchy of this controller.
+    pub fn has(&self, controller: &str) -> bool {
+        !self.v2 && self.options.iter().any(|option| option == controller)
+    }
 }
 
 /// What the name of a cgroup of ours says.
@@ -65,26 +81,15 @@ impl Cgroups {
         let mut memory = None;
         let mut pids = None;
         let mut others = Vec::new();
-        for line in mounts.lines() {
-            let mut fields = line.split(' ').skip(1);
-            let (Some(dir), Some(kind), Some(options)) =
-                (fields.next(), fields.next(), fields.next())
-            else {
-                continue;
-            };
-            match kind {
-                "cgroup2" => unified = unified.or(Some(PathBuf::from(dir))),
-                "cgroup" => {
-                    let has = |name| options.split(',').any(|option| option == name);
-                    if has("memory") {
-                        memory = Some(PathBuf::from(dir));
-                    } else if has("pids") {
-                        pids = Some(PathBuf::from(dir));
-                    } else if has("cpu") || has("cpuacct") {
-                        others.push(PathBuf::from(dir));
-                    }
-                }
-                _ => {}
+        for mount in Self::mounts(mounts) {
+            if mount.v2 {
+                unified = unified.or(Some(mount.dir));
+            } else if mount.has("memory") {
+                memory = Some(mount.dir);
+            } else if mount.has("pids") {
+                pids = Some(mount.dir);
+            } else if mount.has("cpu") || mount.has("cpuacct") {
+                others.push(mount.dir);
             }
         }
         // Hybrid: controllers are on v1 and the v2 mount is empty-handed, so v1 decides.
@@ -102,14 +107,71 @@ impl Cgroups {
         }
     }
 
-    /// Mount points of all hierarchies, from `/proc/self/mounts` text.
-    pub fn mounts(mounts: &str) -> Vec<PathBuf> {
-        let fields = mounts.lines().map(|line| line.split(' ').skip(1));
-        fields
-            .filter_map(|mut fields| Some((fields.next()?, fields.next()?)))
-            .filter(|(_, kind)| matches!(*kind, "cgroup" | "cgroup2"))
-            .map(|(dir, _)| PathBuf::from(dir))
-            .collect()
+    /// All hierarchies that are mounted, from `/proc/self/mounts` text.
+    pub fn mounts(mounts: &str) -> Vec<HierarchyMount> {
+        let lines = mounts.lines().filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            let dir = crate::mountinfo::unescape(fields.next()?);
+            let kind = fields.next()?;
+            if !matches!(kind, "cgroup" | "cgroup2") {
+                return None;
+            }
+            let options = fields.next()?.split(',').map(str::to_owned);
+            Some(HierarchyMount {
+                dir: dir.into(),
+                v2: kind == "cgroup2",
+                options: options.collect(),
+            })
+        });
+        lines.collect()
+    }
+
+    /// Where a cgroup's files of a controller are, from where it lies in the hierarchy that
+    /// [`Place::dir`] is of. `None` if the controller is in no hierarchy, or `dir` in none.
+    pub fn controller(&self, name: &str, dir: &Path) -> Option<PathBuf> {
+        match &self.hierarchy {
+            Hierarchy::V2(_) => Some(dir.to_owned()),
+            Hierarchy::V1 { memory, .. } => {
+                let relative = dir.strip_prefix(memory).ok()?;
+                let mount = self.mounts.iter().find(|mount| mount.has(name))?;
+                Some(mount.dir.join(relative))
+            }
+        }
+    }
+
+    /// What a cgroup is called in its hierarchy, as /proc/PID/cgroup has it; empty for a directory
+    /// in none.
+    pub fn name(&self, dir: &Path) -> String {
+        let (Hierarchy::V2(base) | Hierarchy::V1 { memory: base, .. }) = &self.hierarchy;
+        let relative = dir.strip_prefix(base);
+        relative.map_or_else(|_| String::new(), |path| format!("/{}", path.display()))
+    }
+
+    /// A checked parent's own cgroup, in the hierarchy that [`Place::dir`] is of.
+    pub fn parent_dir(&self, parent: &str) -> Result<PathBuf, Error> {
+        let relative = match self.driver {
+            Driver::Cgroupfs => PathBuf::from(parent.trim_matches('/')),
+            Driver::Systemd => slice_path(last(parent))?,
+        };
+        let (Hierarchy::V2(base) | Hierarchy::V1 { memory: base, .. }) = &self.hierarchy;
+        Ok(base.join(relative))
+    }
+
+    /// Whether a checked parent is the cgroup of one pod alone, by the name that the kubelet gives
+    /// it (`pod<uid>`, `...-pod<uid with _ for ->.slice`). Any other may be shared: what it counts
+    /// is then not the pod's.
+    pub fn is_pods_own(&self, parent: &str, uid: &str) -> bool {
+        if uid.is_empty() {
+            return false;
+        }
+        let name = last(parent);
+        match self.driver {
+            Driver::Cgroupfs => name.strip_prefix("pod") == Some(uid),
+            Driver::Systemd => {
+                let own = format!("pod{}.slice", uid.replace('-', "_"));
+                name == own || name.ends_with(&format!("-{own}"))
+            }
+        }
     }
 
     /// A container's cgroup in every hierarchy, from its [`Place::dir`].
@@ -118,7 +180,7 @@ impl Cgroups {
         match dir.strip_prefix(base) {
             // Nothing is below a mount itself but what is everybody's.
             Ok(relative) if relative.components().next().is_some() => {
-                let dirs = self.mounts.iter().map(|mount| mount.join(relative));
+                let dirs = self.mounts.iter().map(|mount| mount.dir.join(relative));
                 dirs.collect()
             }
             Ok(_) | Err(_) => Vec::new(),
@@ -345,6 +407,76 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         assert!(!cgroups(Driver::Cgroupfs, HYBRID).is_v2());
         assert!(cgroups(Driver::Cgroupfs, UNIFIED).is_v2());
         assert!(Cgroups::detect_hierarchy("proc /proc proc rw 0 0\n").is_err());
+    }
+
+    #[test]
+    fn a_mount_point_with_spaces_is_decoded() {
+        let mounts = "cgroup2 /sys/fs/my\\040cgroup cgroup2 rw 0 0\n";
+        let dir = PathBuf::from("/sys/fs/my cgroup");
+        assert_eq!(Cgroups::mounts(mounts)[0].dir, dir);
+        assert_eq!(
+            Cgroups::detect_hierarchy(mounts).unwrap(),
+            Hierarchy::V2(dir)
+        );
+    }
+
+    #[test]
+    fn controllers_files_are_found_in_their_hierarchy() {
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        let dir = Path::new("/sys/fs/cgroup/memory/gantry/c");
+        let at = |name| v1.controller(name, dir);
+        for (controller, mount) in [
+            ("memory", "memory"),
+            ("cpu", "cpu,cpuacct"),
+            ("cpuacct", "cpu,cpuacct"),
+            ("pids", "pids"),
+        ] {
+            let expected = Path::new("/sys/fs/cgroup").join(mount).join("gantry/c");
+            assert_eq!(at(controller), Some(expected));
+        }
+        assert_eq!(at("blkio"), None);
+        assert_eq!(v1.controller("cpu", Path::new("/elsewhere/c")), None);
+        assert_eq!(v1.name(dir), "/gantry/c");
+        assert_eq!(v1.name(Path::new("/elsewhere/c")), "");
+        let v2 = cgroups(Driver::Cgroupfs, UNIFIED);
+        let dir = Path::new("/sys/fs/cgroup/gantry/c");
+        assert_eq!(v2.controller("io", dir), Some(dir.to_owned()));
+    }
+
+    #[test]
+    fn a_pods_own_cgroup_is_known_by_the_kubelets_name() {
+        let uid = "0a-1b";
+        let v1 = cgroups(Driver::Cgroupfs, HYBRID);
+        let v2 = cgroups(Driver::Systemd, UNIFIED);
+        assert!(v1.is_pods_own("/kubepods/burstable/pod0a-1b", uid));
+        assert!(v1.is_pods_own("/kubepods/pod0a-1b/", uid));
+        for other in [
+            "/gantry",
+            "/kubepods/pod0a-1",
+            "/kubepods/xpod0a-1b",
+            "/pod",
+        ] {
+            assert!(!v1.is_pods_own(other, uid), "{other}");
+        }
+        assert!(!v1.is_pods_own("/kubepods/pod", ""));
+        let slice = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod0a_1b.slice";
+        assert!(v2.is_pods_own(slice, uid));
+        assert!(v2.is_pods_own("pod0a_1b.slice", uid));
+        for other in [
+            "gantry.slice",
+            "kubepods-pod0a_1.slice",
+            "kubepods-xpod0a_1b.slice",
+        ] {
+            assert!(!v2.is_pods_own(other, uid), "{other}");
+        }
+        assert_eq!(
+            v2.parent_dir(slice).unwrap(),
+            Path::new("/sys/fs/cgroup").join(slice.trim_start_matches('/'))
+        );
+        assert_eq!(
+            v1.parent_dir("/kubepods/pod0a-1b").unwrap(),
+            Path::new("/sys/fs/cgroup/memory/kubepods/pod0a-1b")
+        );
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod registry;
 mod rundir;
 mod settings;
 mod shim;
+pub mod stats;
 mod undo;
 
 use std::collections::HashSet;
@@ -42,7 +43,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{Semaphore, mpsc};
 
 pub use audit::{Thing, ThingKind};
-pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy};
+pub use cgroup::{Cgroups, Driver as CgroupDriver, Hierarchy, HierarchyMount};
 pub use clock::now_ns;
 pub use container::{
     Attachment, AttachmentEnd, ContainerTerminal, Exec, ExecIo, ExecOutput, ExecProcess, Terminal,
@@ -82,6 +83,7 @@ pub(crate) struct Context {
     pub forwards: Arc<Semaphore>,
     /// One look at what there is outside of the records at a time.
     pub auditing: tokio::sync::Mutex<()>,
+    pub stats: stats::Stats,
 }
 
 /// What the store is at, from memory.
@@ -260,6 +262,7 @@ impl Supervisor {
             image_mounts: ImageMounts::default(),
             forwards: Arc::new(Semaphore::new(forward::MAX_FORWARDS)),
             auditing: tokio::sync::Mutex::default(),
+            stats: stats::Stats::default(),
         };
         Ok(Self { ctx: Arc::new(ctx) })
     }

@@ -53,7 +53,7 @@ pub(crate) fn holding<'a>(mounts: &'a [MountInfo], path: &Path) -> Option<&'a Mo
 }
 
 /// Space, tab, newline and backslash are written as three octal digits.
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     ["\\040", "\\011", "\\012", "\\134"]
         .iter()
         .zip([" ", "\t", "\n", "\\"])

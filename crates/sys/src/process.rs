@@ -193,6 +193,12 @@ pub fn set_name(name: &CStr) -> io::Result<()> {
     Ok(rustix::thread::set_name(name)?)
 }
 
+/// The calling thread gets the CPU when nobody else wants it (nice 19; on Linux a thread has a
+/// priority of its own, setpriority(2)).
+pub fn lower_thread_priority() -> io::Result<()> {
+    Ok(rp::setpriority_process(None, 19)?)
+}
+
 /// Whether this process, and what it executes from now on, gets no transparent huge pages
 /// (PR_SET_THP_DISABLE(2const)). Inherited through execve: lift it around a spawn.
 pub fn set_thp_disabled(disabled: bool) -> io::Result<()> {

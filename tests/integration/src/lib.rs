@@ -9,6 +9,7 @@ pub mod log;
 pub mod metrics;
 pub mod streaming;
 pub mod terminal;
+pub mod usage;
 pub mod young;
 
 use std::io::Write;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use gantry_sys::process::{own_process, process_ref};
 
 use super::{Claim, Found, Place};
-use crate::cgroup::{Cgroups, Driver, OwnCgroup};
+use crate::cgroup::{Cgroups, Driver, HierarchyMount, OwnCgroup};
 use crate::pod::{FOREIGN, cgroup_pids};
 use crate::{Context, Error};
 
@@ -29,7 +29,7 @@ pub(super) fn list(ctx: &Context) -> Result<Vec<Found>, Error> {
     let mut groups = BTreeMap::new();
     for hierarchy in hierarchies {
         for top in [&parent, &shims] {
-            walk(cgroups, hierarchy, top, &shims, depth, &mut groups)?;
+            walk(cgroups, &hierarchy.dir, top, &shims, depth, &mut groups)?;
         }
     }
     recorded(ctx, hierarchies, &mut groups);
@@ -62,8 +62,8 @@ pub(super) fn list(ctx: &Context) -> Result<Vec<Found>, Error> {
 }
 
 /// The directories of a cgroup, in the hierarchies that have it.
-pub(super) fn dirs(hierarchies: &[PathBuf], path: &Path) -> Vec<PathBuf> {
-    let dirs = hierarchies.iter().map(|hierarchy| hierarchy.join(path));
+pub(super) fn dirs(hierarchies: &[HierarchyMount], path: &Path) -> Vec<PathBuf> {
+    let dirs = hierarchies.iter().map(|mount| mount.dir.join(path));
     dirs.filter(|dir| dir.is_dir()).collect()
 }
 
@@ -115,11 +115,11 @@ fn walk(
 }
 
 /// Adds those that records name, wherever they are.
-fn recorded(ctx: &Context, hierarchies: &[PathBuf], groups: &mut BTreeMap<PathBuf, Claim>) {
+fn recorded(ctx: &Context, hierarchies: &[HierarchyMount], groups: &mut BTreeMap<PathBuf, Claim>) {
     let mut add = |dir: &str, claim: Claim| {
         let mut below = hierarchies
             .iter()
-            .map(|top| Path::new(dir).strip_prefix(top));
+            .map(|top| Path::new(dir).strip_prefix(&top.dir));
         if let Some(Ok(path)) = below.find(Result::is_ok) {
             groups.entry(path.to_owned()).or_insert(claim);
         }

@@ -339,46 +339,7 @@ fn verbose_container_status_has_what_tools_read() {
 fn calls_of_later_days_are_unimplemented() {
     on_plain_node("calls_of_later_days_are_unimplemented", async |node| {
         let mut client = node.client.runtime.clone();
-        // Younger than k8s-cri.
-        let channel = gantry_testkit::cri::channel(node.daemon.socket()).unwrap();
-        let mut young = RuntimeServiceClient::new(channel);
         let codes = [
-            young
-                .stream_container_stats(cri::StreamContainerStatsRequest::default())
-                .await
-                .map(drop),
-            young
-                .stream_pod_sandbox_stats(cri::StreamPodSandboxStatsRequest::default())
-                .await
-                .map(drop),
-            young
-                .stream_pod_sandbox_metrics(cri::StreamPodSandboxMetricsRequest::default())
-                .await
-                .map(drop),
-            client
-                .container_stats(v1::ContainerStatsRequest::default())
-                .await
-                .map(drop),
-            client
-                .list_container_stats(v1::ListContainerStatsRequest::default())
-                .await
-                .map(drop),
-            client
-                .pod_sandbox_stats(v1::PodSandboxStatsRequest::default())
-                .await
-                .map(drop),
-            client
-                .list_pod_sandbox_stats(v1::ListPodSandboxStatsRequest::default())
-                .await
-                .map(drop),
-            client
-                .list_metric_descriptors(v1::ListMetricDescriptorsRequest::default())
-                .await
-                .map(drop),
-            client
-                .list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest::default())
-                .await
-                .map(drop),
             client
                 .checkpoint_container(v1::CheckpointContainerRequest::default())
                 .await

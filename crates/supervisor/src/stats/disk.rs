@@ -1,0 +1,313 @@
+//! What containers have written, measured beside the calls that tell it.
+//!
+//! To know it, a tree has to be walked, which takes as long as the container wants it to. So a call
+//! answers with what is known, and asks for what is old to be measured again. One thread does this,
+//! one tree after the other, as long as there are any, and at the lowest priority. A tree is looked
+//! at again after [`REFRESH`], or after [`SHARE`] times as long as the walk took if that is more:
+//! the share of a CPU that a container can cost by making files is bounded. What does not run cannot
+//! change and is measured once.
+//!
+//! Only for a container of which nothing is known yet a call waits, once and for [`FIRST`] at most:
+//! who asks once gets a number for all but huge trees, and a disk that hangs holds up nobody twice.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use gantry_ports::Snapshotter;
+use gantry_ports::snapshotter::Usage;
+use gantry_types::{ContainerId, ContainerState, ErrorKind, Kind};
+use tokio::sync::watch;
+
+use crate::clock::now_ns;
+
+/// How old a number may become.
+const REFRESH: Duration = Duration::from_secs(20);
+/// A walk may take one part in so many of the time.
+const SHARE: u32 = 50;
+/// What a call waits for a container's first number.
+const FIRST: Duration = Duration::from_millis(500);
+/// How long it is left alone after it could not be measured.
+const RETRY: Duration = Duration::from_secs(60);
+
+/// What a container has written, and where to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskUsage {
+    /// When it was measured, in nanoseconds since the epoch.
+    pub at: i64,
+    pub bytes: u64,
+    pub inodes: u64,
+    pub file_system: Arc<FileSystem>,
+}
+
+/// The file system that containers write to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Directory in it, as ImageFsInfo names it.
+    pub mountpoint: PathBuf,
+    /// `/dev/NAME`, or the numbers of what has no name.
+    pub device: String,
+    pub bytes: u64,
+    pub inodes: u64,
+    pub inodes_free: u64,
+}
+
+/// What decides whether a measured number can still be true.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Created,
+    Running,
+    Ended,
+}
+
+impl Phase {
+    fn of(state: &ContainerState) -> Self {
+        match state {
+            ContainerState::Creating | ContainerState::Created => Self::Created,
+            // Nobody can say of an unknown one that it does not run.
+            ContainerState::Running { .. } | ContainerState::Unknown { .. } => Self::Running,
+            ContainerState::Exited { .. } => Self::Ended,
+        }
+    }
+}
+
+/// A container to be measured.
+#[derive(Clone)]
+pub struct Subject {
+    id: ContainerId,
+    snapshotter: Arc<dyn Snapshotter>,
+    phase: Phase,
+}
+
+impl Subject {
+    pub fn new(id: ContainerId, snapshotter: Arc<dyn Snapshotter>, state: &ContainerState) -> Self {
+        Self {
+            id,
+            snapshotter,
+            phase: Phase::of(state),
+        }
+    }
+}
+
+struct Known {
+    usage: Option<DiskUsage>,
+    phase: Phase,
+    /// When to look again; `None` is never.
+    due: Option<Instant>,
+}
+
+#[derive(Default)]
+struct State {
+    known: HashMap<ContainerId, Known>,
+    /// Of which there is nothing yet, and for which a call has waited.
+    awaited: HashSet<ContainerId>,
+    queue: VecDeque<Subject>,
+    queued: HashSet<ContainerId>,
+    working: bool,
+}
+
+pub struct Disks {
+    state: Mutex<State>,
+    /// Counts measurements.
+    measured: watch::Sender<u64>,
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self {
+            state: Mutex::default(),
+            measured: watch::Sender::new(0),
+        }
+    }
+}
+
+impl Disks {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has measured what is not known, or not well enough any more. Does not wait for it. Returns
+    /// those of which nothing is known and nobody has waited for.
+    pub fn ask(self: &Arc<Self>, subjects: &[Subject]) -> Vec<ContainerId> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let mut unknown = Vec::new();
+        for subject in subjects {
+            let known = state.known.get(&subject.id);
+            if known.is_some_and(|known| !known.is_due(subject.phase, now)) {
+                continue;
+            }
+            if known.is_none() && state.awaited.insert(subject.id.clone()) {
+                unknown.push(subject.id.clone());
+            }
+            if state.queued.insert(subject.id.clone()) {
+                state.queue.push_back(subject.clone());
+            }
+        }
+        if !state.queue.is_empty() && !state.working {
+            state.working = self.start();
+        }
+        unknown
+    }
+
+    /// Waits until there is something of these, or [`FIRST`] has passed.
+    pub async fn wait(&self, mut unknown: Vec<ContainerId>) {
+        let mut measured = self.measured.subscribe();
+        let all = async {
+            loop {
+                measured.mark_unchanged();
+                {
+                    let state = self.lock();
+                    unknown.retain(|id| !state.known.contains_key(id));
+                }
+                if unknown.is_empty() || measured.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // What is not there in time is there for the next call.
+        let _ = tokio::time::timeout(FIRST, all).await;
+    }
+
+    /// What is known of a container.
+    pub fn usage(&self, id: &ContainerId) -> Option<DiskUsage> {
+        self.lock().known.get(id)?.usage.clone()
+    }
+
+    /// Forgets all but these.
+    pub fn retain(&self, there: impl Fn(&ContainerId) -> bool) {
+        let mut state = self.lock();
+        state.known.retain(|id, _| there(id));
+        state.awaited.retain(|id| there(id));
+    }
+
+    /// Whether a thread was started that measures what is queued.
+    fn start(self: &Arc<Self>) -> bool {
+        let disks = Arc::clone(self);
+        let thread = std::thread::Builder::new().name("gantry-disk".to_owned());
+        let started = thread.spawn(move || disks.work());
+        if let Err(error) = &started {
+            tracing::warn!(%error, "what containers have written is not measured");
+        }
+        started.is_ok()
+    }
+
+    fn work(&self) {
+        if let Err(error) = gantry_sys::process::lower_thread_priority() {
+            tracing::debug!(%error, "the thread that measures disk usage has the usual priority");
+        }
+        let mut file_systems: HashMap<PathBuf, Arc<FileSystem>> = HashMap::new();
+        loop {
+            let subject = {
+                let mut state = self.lock();
+                let Some(subject) = state.queue.pop_front() else {
+                    state.working = false;
+                    return;
+                };
+                state.queued.remove(&subject.id);
+                subject
+            };
+            let began = Instant::now();
+            let containers = subject.snapshotter.containers();
+            let file_system = file_systems.entry(containers.to_owned());
+            let file_system = file_system.or_insert_with(|| Arc::new(file_system_of(containers)));
+            let measured = subject.snapshotter.usage(&subject.id);
+            let known = note(&subject, measured, began.elapsed(), file_system);
+            let mut state = self.lock();
+            match known {
+                Some(known) => {
+                    let kept = state.known.remove(&subject.id).and_then(|old| old.usage);
+                    let usage = known.usage.or(kept);
+                    state
+                        .known
+                        .insert(subject.id.clone(), Known { usage, ..known });
+                }
+                // It was removed meanwhile.
+                None => {
+                    state.known.remove(&subject.id);
+                }
+            }
+            drop(state);
+            self.measured.send_modify(|count| *count += 1);
+        }
+    }
+}
+
+impl Known {
+    fn is_due(&self, phase: Phase, now: Instant) -> bool {
+        self.phase != phase || self.due.is_some_and(|due| due <= now)
+    }
+}
+
+/// `None` for a container that has no snapshot.
+fn note(
+    subject: &Subject,
+    measured: Result<Usage, gantry_ports::Error>,
+    took: Duration,
+    file_system: &Arc<FileSystem>,
+) -> Option<Known> {
+    let phase = subject.phase;
+    match measured {
+        Ok(usage) => Some(Known {
+            usage: Some(DiskUsage {
+                at: now_ns(),
+                bytes: usage.bytes,
+                inodes: usage.inodes,
+                file_system: Arc::clone(file_system),
+            }),
+            phase,
+            due: (phase == Phase::Running)
+                .then(|| Instant::now() + REFRESH.max(took.saturating_mul(SHARE))),
+        }),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => {
+            tracing::warn!(container = %subject.id, %error, "disk usage not measured");
+            Some(Known {
+                usage: None,
+                phase,
+                due: Some(Instant::now() + RETRY),
+            })
+        }
+    }
+}
+
+fn file_system_of(containers: &Path) -> FileSystem {
+    let mut found = FileSystem {
+        mountpoint: containers.to_owned(),
+        device: device_of(containers),
+        ..FileSystem::default()
+    };
+    match gantry_sys::fs::statfs(containers) {
+        Ok(stat) => {
+            let block = u64::try_from(stat.f_bsize).unwrap_or_default();
+            found.bytes = stat.f_blocks.saturating_mul(block);
+            found.inodes = stat.f_files;
+            found.inodes_free = stat.f_ffree;
+        }
+        Err(error) => {
+            tracing::warn!(path = %containers.display(), %error, "file system not looked at");
+        }
+    }
+    found
+}
+
+fn device_of(path: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(metadata) = std::fs::metadata(path) else {
+        return String::new();
+    };
+    let number = metadata.dev();
+    device_name(nix::sys::stat::major(number), nix::sys::stat::minor(number))
+}
+
+/// `/dev/NAME` as the kernel names a block device, or its numbers, as of a tmpfs.
+pub fn device_name(major: u64, minor: u64) -> String {
+    let link = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}"));
+    let name = link.ok().and_then(|target| {
+        let name = target.file_name()?.to_str()?;
+        // A slash in a name is written so (sysfs).
+        Some(format!("/dev/{}", name.replace('!', "/")))
+    });
+    name.unwrap_or_else(|| format!("{major}:{minor}"))
+}

@@ -1,0 +1,626 @@
+//! Reads the files of cgroups, each once, into one buffer.
+//!
+//! Nothing is kept open between calls. A descriptor for each file would save the look-up of its
+//! path, which is a small part of a read (the counting behind `memory.stat` is the large one), and
+//! would cost ten descriptors a container, of 500 containers 5000, and a cgroup that is gone kept
+//! in the kernel's memory by each.
+//!
+//! A file that is not there leaves its numbers out: the kernel does not have it, or the cgroup has
+//! gone. What else goes wrong is kept for one line in the log.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use super::parse;
+use super::usage::{
+    Cpu, Descriptors, Details, HugePages, Interface, Memory, Pressures, Processes, Usage,
+};
+use crate::cgroup::Cgroups;
+use crate::clock::now_ns;
+
+/// More than what any of these files has on a machine with a few devices; the buffer grows for
+/// others, but never without bound.
+const BUFFER: usize = 16 * 1024;
+const BUFFER_MAX: usize = 4 * 1024 * 1024;
+/// Processes of a container whose descriptors are counted; and how many descriptors. Both cost a
+/// system call or more each. Where there are more, there is no number rather than a wrong one.
+const PROCESSES_MAX: usize = 512;
+const DESCRIPTORS_MAX: u64 = 32 * 1024;
+/// Cgroups that a container has made below its own and that are looked through for processes.
+const BELOW_MAX: usize = 256;
+
+/// What is wanted beside CPU time, memory and swap.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Want {
+    /// The limit on memory, for a cgroup whose limits are on no record.
+    pub limit: bool,
+    pub tasks: bool,
+    pub pressure: bool,
+    /// Where the CPU time went, on v1 in files of its own.
+    pub cpu_times: bool,
+}
+
+pub struct Reader<'a> {
+    cgroups: &'a Cgroups,
+    buffer: Vec<u8>,
+    path: PathBuf,
+    /// The first file that could not be read though it is there.
+    pub trouble: Option<(PathBuf, io::Error)>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(cgroups: &'a Cgroups) -> Self {
+        Self {
+            cgroups,
+            buffer: vec![0; BUFFER],
+            path: PathBuf::new(),
+            trouble: None,
+        }
+    }
+
+    /// The text of a file; `None` if it is not there, or cannot be read.
+    fn file(&mut self, dir: &Path, name: &str) -> Option<&[u8]> {
+        self.path.clear();
+        self.path.push(dir);
+        self.path.push(name);
+        match fill(&self.path, &mut self.buffer) {
+            Ok(length) => self.buffer.get(..length),
+            Err(error) => {
+                if !is_gone(&error) && self.trouble.is_none() {
+                    self.trouble = Some((self.path.clone(), error));
+                }
+                None
+            }
+        }
+    }
+
+    fn number(&mut self, dir: &Path, name: &str) -> Option<u64> {
+        parse::number(self.file(dir, name)?)
+    }
+
+    /// As [`Cgroups::controller`], which is where `dir` says on v2.
+    fn at(&self, controller: &str, dir: &Path) -> Option<PathBuf> {
+        self.cgroups.controller(controller, dir)
+    }
+
+    /// What a cgroup uses, given by its directory as in [`crate::cgroup::Place::dir`]. `None` when
+    /// it has gone.
+    pub fn usage(&mut self, dir: &Path, want: Want) -> Option<Usage> {
+        let mut usage = Usage {
+            at: now_ns(),
+            cpu: self.cpu(dir, want.cpu_times),
+            ..Usage::default()
+        };
+        match self.cgroups.is_v2() {
+            true => self.memory_v2(dir, want, &mut usage),
+            false => self.memory_v1(dir, want, &mut usage),
+        }
+        if want.tasks
+            && let Some(pids) = self.at("pids", dir)
+        {
+            usage.tasks = self.number(&pids, "pids.current");
+        }
+        (usage.cpu.is_some() || usage.memory.is_some()).then_some(usage)
+    }
+
+    /// CPU time alone; with `times` also where it went.
+    pub fn cpu(&mut self, dir: &Path, times: bool) -> Option<Cpu> {
+        if self.cgroups.is_v2() {
+            return parse::cpu_v2(self.file(dir, "cpu.stat")?);
+        }
+        let account = self.at("cpuacct", dir)?;
+        let mut cpu = Cpu {
+            usage: self.number(&account, "cpuacct.usage")?,
+            ..Cpu::default()
+        };
+        if times {
+            if let Some(text) = self.file(&account, "cpuacct.stat") {
+                parse::cpu_times_v1(text, &mut cpu);
+            }
+            if let Some(scheduler) = self.at("cpu", dir)
+                && let Some(text) = self.file(&scheduler, "cpu.stat")
+            {
+                parse::cpu_throttling_v1(text, &mut cpu);
+            }
+        }
+        Some(cpu)
+    }
+
+    fn memory_v2(&mut self, dir: &Path, want: Want, usage: &mut Usage) {
+        if let Some(current) = self.number(dir, "memory.current") {
+            let text = self.file(dir, "memory.stat");
+            let mut memory = parse::memory_v2(current, text.unwrap_or_default());
+            if want.limit {
+                memory.limit = self.file(dir, "memory.max").and_then(parse::limit);
+            }
+            usage.memory = Some(memory);
+            usage.swap = self.number(dir, "memory.swap.current");
+        }
+        if want.pressure {
+            let mut of = |name| self.file(dir, name).map(parse::pressure);
+            usage.pressure = Pressures {
+                cpu: of("cpu.pressure"),
+                memory: of("memory.pressure"),
+                io: of("io.pressure"),
+            };
+        }
+    }
+
+    fn memory_v1(&mut self, dir: &Path, want: Want, usage: &mut Usage) {
+        let Some(current) = self.number(dir, "memory.usage_in_bytes") else {
+            return;
+        };
+        let text = self.file(dir, "memory.stat");
+        let (mut memory, swap): (Memory, _) = parse::memory_v1(current, text.unwrap_or_default());
+        if want.limit {
+            let text = self.file(dir, "memory.limit_in_bytes");
+            memory.limit = text.and_then(parse::limit);
+        }
+        usage.memory = Some(memory);
+        usage.swap = swap;
+    }
+
+    /// What pod metrics tell beside the usage. `processes`: also what a look at them tells.
+    pub fn details(&mut self, dir: &Path, processes: bool) -> Details {
+        let mut details = match self.cgroups.is_v2() {
+            true => self.details_v2(dir),
+            false => self.details_v1(dir),
+        };
+        if let Some(pids) = self.at("pids", dir) {
+            details.max_tasks = self.number(&pids, "pids.max");
+        }
+        if let Some(dir) = self.at("hugetlb", dir) {
+            for size in huge_page_sizes() {
+                details.huge_pages.extend(self.huge_pages(&dir, size));
+            }
+        }
+        if processes {
+            details.processes = self.processes(dir);
+        }
+        details
+    }
+
+    fn details_v2(&mut self, dir: &Path) -> Details {
+        let mut details = Details {
+            max_memory: self.number(dir, "memory.peak"),
+            io: self
+                .file(dir, "io.stat")
+                .map(parse::io_v2)
+                .unwrap_or_default(),
+            ..Details::default()
+        };
+        if let Some(events) = self.file(dir, "memory.events") {
+            details.memory_limit_hits = parse::counter(events, "max");
+            details.memory_high_hits = parse::counter(events, "high");
+            details.oom_kills = parse::counter(events, "oom_kill");
+        }
+        details
+    }
+
+    fn details_v1(&mut self, dir: &Path) -> Details {
+        let mut details = Details {
+            max_memory: self.number(dir, "memory.max_usage_in_bytes"),
+            memory_limit_hits: self.number(dir, "memory.failcnt"),
+            kernel_memory: self.number(dir, "memory.kmem.usage_in_bytes"),
+            ..Details::default()
+        };
+        if let Some(control) = self.file(dir, "memory.oom_control") {
+            details.oom_kills = parse::counter(control, "oom_kill");
+        }
+        if let Some(dir) = self.at("blkio", dir) {
+            let devices = &mut details.io;
+            if let Some(text) = self.file(&dir, "blkio.throttle.io_service_bytes_recursive") {
+                parse::io_v1(text, devices, |io, read, written| {
+                    io.read_bytes = read.unwrap_or(io.read_bytes);
+                    io.written_bytes = written.unwrap_or(io.written_bytes);
+                });
+            }
+            if let Some(text) = self.file(&dir, "blkio.throttle.io_serviced_recursive") {
+                parse::io_v1(text, devices, |io, read, written| {
+                    io.reads = read.unwrap_or(io.reads);
+                    io.writes = written.unwrap_or(io.writes);
+                });
+            }
+        }
+        details
+    }
+
+    fn huge_pages(&mut self, dir: &Path, size: &str) -> Option<HugePages> {
+        let name = |what| format!("hugetlb.{size}.{what}");
+        let (usage, max_usage) = match self.cgroups.is_v2() {
+            true => (self.number(dir, &name("current"))?, None),
+            false => (
+                self.number(dir, &name("usage_in_bytes"))?,
+                self.number(dir, &name("max_usage_in_bytes")),
+            ),
+        };
+        Some(HugePages {
+            size: size.to_owned(),
+            usage,
+            max_usage,
+        })
+    }
+
+    fn processes(&mut self, dir: &Path) -> Option<Processes> {
+        let mut pids: Vec<u64> = parse::pids(self.file(dir, "cgroup.procs")?).collect();
+        // A cgroup has as many links as it has directories in it, and two (kernfs): nearly always
+        // a container made none, and nothing is listed.
+        if fs::metadata(dir).is_ok_and(|metadata| metadata.nlink() > 2) {
+            self.pids_below(dir, &mut pids);
+        }
+        let first = pids.first().copied();
+        let limits = first.and_then(|pid| self.file(&proc(pid), "limits"));
+        let open_files_limit = limits.and_then(parse::open_files_limit);
+        Some(Processes {
+            count: u64::try_from(pids.len()).unwrap_or(u64::MAX),
+            descriptors: descriptors(&pids),
+            open_files_limit,
+        })
+    }
+
+    /// Adds the processes of cgroups that a container has made below its own.
+    fn pids_below(&mut self, dir: &Path, pids: &mut Vec<u64>) {
+        let mut pending = vec![dir.to_owned()];
+        let mut seen = 0;
+        while let Some(dir) = pending.pop() {
+            let Ok(entries) = fs::read_dir(&dir) else {
+                continue;
+            };
+            for entry in entries.flatten() {
+                if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    continue;
+                }
+                seen += 1;
+                if seen > BELOW_MAX {
+                    return;
+                }
+                let path = entry.path();
+                if let Some(text) = self.file(&path, "cgroup.procs") {
+                    pids.extend(parse::pids(text));
+                }
+                pending.push(path);
+            }
+        }
+    }
+
+    /// Interfaces of the network namespace of a process; `None` when it has ended.
+    pub fn interfaces(&mut self, pid: i32) -> Option<Vec<Interface>> {
+        let pid = u64::try_from(pid).ok()?;
+        let text = self.file(&proc(pid).join("net"), "dev")?;
+        Some(parse::interfaces(text))
+    }
+}
+
+fn proc(pid: u64) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}"))
+}
+
+/// Reads a file to its end. The files of cgroups come whole in one read; those of /proc/PID/net
+/// come by the page.
+fn fill(path: &Path, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    let mut file = File::open(path)?;
+    let by_the_page = path.starts_with("/proc");
+    let mut length = 0;
+    loop {
+        let read = match file.read(&mut buffer[length..]) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            read => read?,
+        };
+        length += read;
+        if read == 0 || (length < buffer.len() && !by_the_page) {
+            return Ok(length);
+        }
+        if length == buffer.len() {
+            if length >= BUFFER_MAX {
+                return Err(io::Error::new(
+                    io::ErrorKind::FileTooLarge,
+                    format!("more than {BUFFER_MAX} bytes"),
+                ));
+            }
+            buffer.resize(length * 2, 0);
+        }
+    }
+}
+
+/// The cgroup, the process or the file is not there; or pressure is not counted here.
+fn is_gone(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let gone = [
+        Errno::ENOENT,
+        Errno::ENODEV,
+        Errno::ESRCH,
+        Errno::EOPNOTSUPP,
+    ];
+    let number = error.raw_os_error();
+    number.is_some_and(|number| gone.contains(&Errno::from_raw(number)))
+}
+
+/// Sizes of huge pages as cgroup files name them: `2MB`, `1GB`. The kernel does not change them.
+fn huge_page_sizes() -> &'static [String] {
+    static SIZES: OnceLock<Vec<String>> = OnceLock::new();
+    SIZES.get_or_init(|| {
+        let entries = fs::read_dir("/sys/kernel/mm/hugepages").into_iter();
+        let names = entries.flatten().flatten().map(|entry| entry.file_name());
+        let mut sizes: Vec<_> = names
+            .filter_map(|name| huge_page_size(name.to_str()?))
+            .collect();
+        sizes.sort_unstable();
+        sizes
+    })
+}
+
+/// `hugepages-2048kB` is `2MB`.
+fn huge_page_size(name: &str) -> Option<String> {
+    let kilobytes: u64 = name
+        .strip_prefix("hugepages-")?
+        .strip_suffix("kB")?
+        .parse()
+        .ok()?;
+    Some(match kilobytes {
+        kb if kb >= 1 << 20 => format!("{}GB", kb >> 20),
+        kb if kb >= 1 << 10 => format!("{}MB", kb >> 10),
+        kb => format!("{kb}KB"),
+    })
+}
+
+/// Counts what these processes have open; `None` when that would be too much work, or is not ours
+/// to see.
+fn descriptors(pids: &[u64]) -> Option<Descriptors> {
+    if pids.len() > PROCESSES_MAX {
+        return None;
+    }
+    let mut all = Descriptors::default();
+    for &pid in pids {
+        let entries = match fs::read_dir(proc(pid).join("fd")) {
+            Ok(entries) => entries,
+            // Ended since.
+            Err(error) if is_gone(&error) => continue,
+            Err(_) => return None,
+        };
+        for entry in entries.flatten() {
+            all.open += 1;
+            if all.open > DESCRIPTORS_MAX {
+                return None;
+            }
+            // The link's text says what it is: to follow it could wait for a file system that hangs.
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            if target
+                .as_os_str()
+                .as_encoded_bytes()
+                .starts_with(b"socket:")
+            {
+                all.sockets += 1;
+            }
+        }
+    }
+    Some(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cgroup::Driver;
+
+    /// A tree of files as one hierarchy of v2, or several of v1.
+    struct Fake {
+        root: tempfile::TempDir,
+        cgroups: Cgroups,
+    }
+
+    fn fake(v2: bool) -> Fake {
+        let root = tempfile::tempdir().unwrap();
+        let at = root.path().display();
+        let mounts = match v2 {
+            true => format!("cgroup2 {at} cgroup2 rw 0 0\n"),
+            false => ["cpu", "cpuacct", "memory", "pids", "blkio"]
+                .map(|name| format!("cgroup {at}/{name} cgroup rw,{name} 0 0\n"))
+                .concat(),
+        };
+        let cgroups = Cgroups {
+            driver: Driver::Cgroupfs,
+            hierarchy: Cgroups::detect_hierarchy(&mounts).unwrap(),
+            mounts: Cgroups::mounts(&mounts),
+            default_parent: "/gantry".into(),
+            shims: "/gantry-shims".into(),
+        };
+        Fake { root, cgroups }
+    }
+
+    impl Fake {
+        fn write(&self, path: &str, text: &str) {
+            let path = self.root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+
+    const ALL: Want = Want {
+        limit: true,
+        tasks: true,
+        pressure: true,
+        cpu_times: true,
+    };
+
+    #[test]
+    fn a_cgroup_of_v2() {
+        let fake = fake(true);
+        fake.write("c/cpu.stat", "usage_usec 5\nuser_usec 4\nsystem_usec 1\n");
+        fake.write("c/memory.current", "1000\n");
+        fake.write("c/memory.stat", "anon 10\ninactive_file 100\n");
+        fake.write("c/memory.max", "5000\n");
+        fake.write("c/memory.swap.current", "7\n");
+        fake.write("c/pids.current", "3\n");
+        fake.write("c/pids.max", "max\n");
+        fake.write(
+            "c/cpu.pressure",
+            "some avg10=1.00 avg60=0 avg300=0 total=1\n",
+        );
+        fake.write("c/memory.peak", "2000\n");
+        fake.write("c/memory.events", "high 1\nmax 2\noom_kill 3\n");
+        fake.write("c/io.stat", "8:0 rbytes=1 wbytes=2 rios=3 wios=4\n");
+        fake.write("c/cgroup.procs", "");
+        let dir = fake.root.path().join("c");
+        let mut reader = Reader::new(&fake.cgroups);
+        let usage = reader.usage(&dir, ALL).unwrap();
+        assert_eq!(usage.cpu.unwrap().usage, 5000);
+        let memory = usage.memory.unwrap();
+        assert_eq!(
+            (memory.working_set(), memory.available()),
+            (900, Some(4100))
+        );
+        assert_eq!((usage.swap, usage.tasks), (Some(7), Some(3)));
+        assert!(usage.pressure.cpu.is_some() && usage.pressure.io.is_none());
+        let details = reader.details(&dir, true);
+        assert_eq!(details.max_memory, Some(2000));
+        assert_eq!(details.memory_limit_hits, Some(2));
+        assert_eq!(
+            (details.memory_high_hits, details.oom_kills),
+            (Some(1), Some(3))
+        );
+        assert_eq!((details.io.len(), details.max_tasks), (1, None));
+        assert_eq!(details.processes.unwrap().count, 0);
+        assert!(reader.trouble.is_none(), "{:?}", reader.trouble);
+        // The limit below what is used, as after an update.
+        fake.write("c/memory.max", "500\n");
+        let usage = reader.usage(&dir, ALL).unwrap();
+        assert_eq!(usage.memory.unwrap().available(), Some(0));
+    }
+
+    #[test]
+    fn a_cgroup_of_v1_lies_in_several_places() {
+        let fake = fake(false);
+        fake.write("cpuacct/p/c/cpuacct.usage", "77\n");
+        fake.write("cpuacct/p/c/cpuacct.stat", "user 2\nsystem 1\n");
+        fake.write(
+            "cpu/p/c/cpu.stat",
+            "nr_periods 4\nnr_throttled 0\nthrottled_time 0\n",
+        );
+        fake.write("memory/p/c/memory.usage_in_bytes", "1000\n");
+        fake.write(
+            "memory/p/c/memory.stat",
+            "total_rss 10\ntotal_inactive_file 100\n",
+        );
+        fake.write("memory/p/c/memory.limit_in_bytes", "9223372036854771712\n");
+        fake.write("memory/p/c/memory.max_usage_in_bytes", "3000\n");
+        fake.write("memory/p/c/memory.failcnt", "9\n");
+        fake.write("memory/p/c/memory.oom_control", "oom_kill 1\n");
+        fake.write("pids/p/c/pids.current", "2\n");
+        fake.write("pids/p/c/pids.max", "100\n");
+        fake.write(
+            "blkio/p/c/blkio.throttle.io_service_bytes_recursive",
+            "8:0 Read 5\n",
+        );
+        fake.write(
+            "blkio/p/c/blkio.throttle.io_serviced_recursive",
+            "8:0 Read 1\n",
+        );
+        let dir = fake.root.path().join("memory/p/c");
+        let mut reader = Reader::new(&fake.cgroups);
+        let usage = reader.usage(&dir, ALL).unwrap();
+        let cpu = usage.cpu.unwrap();
+        assert_eq!(
+            (cpu.usage, cpu.user, cpu.periods),
+            (77, Some(20_000_000), Some(4))
+        );
+        let memory = usage.memory.unwrap();
+        assert_eq!((memory.working_set(), memory.available()), (900, None));
+        assert_eq!((usage.swap, usage.tasks), (None, Some(2)));
+        assert_eq!(usage.pressure, Pressures::default());
+        let details = reader.details(&dir, false);
+        assert_eq!(
+            (details.max_memory, details.memory_limit_hits),
+            (Some(3000), Some(9))
+        );
+        assert_eq!((details.oom_kills, details.max_tasks), (Some(1), Some(100)));
+        assert_eq!((details.io[0].read_bytes, details.io[0].reads), (5, 1));
+        assert_eq!(details.processes, None);
+        // Without the files that only metrics need.
+        let cpu = reader.cpu(&dir, false).unwrap();
+        assert_eq!((cpu.usage, cpu.user), (77, None));
+    }
+
+    #[test]
+    fn a_cgroup_that_has_gone_is_no_trouble() {
+        for v2 in [true, false] {
+            let fake = fake(v2);
+            let dir = match v2 {
+                true => fake.root.path().join("c"),
+                false => fake.root.path().join("memory/c"),
+            };
+            let mut reader = Reader::new(&fake.cgroups);
+            assert_eq!(reader.usage(&dir, ALL), None);
+            assert_eq!(reader.details(&dir, true).processes, None);
+            assert_eq!(reader.interfaces(-1), None);
+            assert!(reader.trouble.is_none());
+            // A record of another machine.
+            assert_eq!(reader.usage(Path::new(""), ALL), None);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_leaves_its_numbers_out_and_is_told() {
+        let fake = fake(true);
+        fake.write("c/cpu.stat", "usage_usec 5\n");
+        fake.write("c/memory.current", "1000\n");
+        let dir = fake.root.path().join("c");
+        fs::create_dir(dir.join("memory.stat")).unwrap();
+        let mut reader = Reader::new(&fake.cgroups);
+        let usage = reader.usage(&dir, Want::default()).unwrap();
+        assert_eq!(usage.memory.unwrap().usage, 1000);
+        let (path, _) = reader.trouble.unwrap();
+        assert!(path.ends_with("memory.stat"));
+    }
+
+    #[test]
+    fn a_long_file_is_read_whole_and_an_endless_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("long");
+        let text = "8:0 rbytes=1 wbytes=2 rios=3 wios=4\n".repeat(2000);
+        fs::write(&path, &text).unwrap();
+        let mut buffer = vec![0; BUFFER];
+        let length = fill(&path, &mut buffer).unwrap();
+        assert_eq!(&buffer[..length], text.as_bytes());
+        let error = fill(Path::new("/dev/zero"), &mut buffer).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+    }
+
+    #[test]
+    fn processes_of_cgroups_below_count() {
+        let fake = fake(true);
+        let own = std::process::id();
+        fake.write("c/cgroup.procs", "");
+        fake.write("c/init.scope/cgroup.procs", &format!("{own}\n"));
+        fake.write("c/a/b/cgroup.procs", "0\n");
+        let mut reader = Reader::new(&fake.cgroups);
+        let mut pids = Vec::new();
+        reader.pids_below(&fake.root.path().join("c"), &mut pids);
+        pids.sort_unstable();
+        assert_eq!(pids, [0, u64::from(own)]);
+    }
+
+    #[test]
+    fn own_descriptors_are_counted() {
+        let (_one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let own = u64::from(std::process::id());
+        let counted = descriptors(&[own, u64::from(u32::MAX)]).unwrap();
+        assert!(counted.open >= 5, "{counted:?}");
+        assert!(
+            counted.sockets >= 2 && counted.sockets < counted.open,
+            "{counted:?}"
+        );
+        assert_eq!(descriptors(&vec![own; PROCESSES_MAX + 1]), None);
+    }
+
+    #[test]
+    fn sizes_of_huge_pages() {
+        let table = [("2048", "2MB"), ("1048576", "1GB"), ("64", "64KB")];
+        for (kilobytes, size) in table {
+            let name = format!("hugepages-{kilobytes}kB");
+            assert_eq!(huge_page_size(&name).as_deref(), Some(size));
+        }
+        assert_eq!(huge_page_size("other"), None);
+    }
+}
