@@ -147,7 +147,7 @@ fn numbers_are_those_of_the_cgroup() {
         assert_eq!(of_memory.available_bytes, None, "nobody limited the pod");
         assert_eq!(linux.cpu.unwrap().psi.is_some(), counted);
         assert_eq!(value(linux.process.unwrap().process_count), whole.tasks());
-        assert_eq!(ids(&linux.containers), [container.clone()]);
+        assert_eq!(ids(&linux.containers), std::slice::from_ref(&container));
         assert!(linux.containers[0].cpu.is_some());
         node.remove_with_parent(&pod).await;
     });
