@@ -15,7 +15,6 @@ use gantry_cri_api::v1 as cri;
 use gantry_cri_api::v1::runtime_service_server::RuntimeService;
 use gantry_streaming::Server;
 use gantry_supervisor::Supervisor;
-use tokio_stream::Empty;
 use tonic::{Request, Response, Status};
 
 use crate::status::unimplemented;
@@ -24,9 +23,6 @@ use crate::stream::Chunks;
 pub use node::Conditions;
 
 type Answer<T> = Result<Response<T>, Status>;
-
-/// Stream of a call that is not served.
-type None<T> = Empty<Result<T, Status>>;
 
 pub struct Runtime {
     supervisor: Supervisor,
