@@ -1,4 +1,4 @@
-//! Pod metrics: cAdvisor's names, each with its descriptor.
+//! Pod metrics over CRI: cAdvisor's names, each with its descriptor.
 
 use std::collections::{BTreeMap, BTreeSet};
 
