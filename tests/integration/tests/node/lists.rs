@@ -339,12 +339,10 @@ fn verbose_container_status_has_what_tools_read() {
 fn calls_of_later_days_are_unimplemented() {
     on_plain_node("calls_of_later_days_are_unimplemented", async |node| {
         let mut client = node.client.runtime.clone();
-        let codes = [
-            client
-                .checkpoint_container(v1::CheckpointContainerRequest::default())
-                .await
-                .map(drop),
-        ];
+        let codes = [client
+            .checkpoint_container(v1::CheckpointContainerRequest::default())
+            .await
+            .map(drop)];
         for answer in codes {
             let error = answer.unwrap_err();
             assert_eq!(error.code(), Code::Unimplemented, "{error:?}");

@@ -317,11 +317,14 @@ fn network_counters_are_those_of_the_pods_interfaces() {
                 text.await.parse::<u64>().unwrap()
             };
             let before = sent().await;
-            // Whoever has this address or not: it is looked for.
-            let ip = node.ip(&pod).await;
-            let beside = format!("{}.1", ip.rsplit_once('.').unwrap().0);
-            let script = format!("wget -q -T 1 -O /dev/null http://{beside}:9/ || true");
-            node.sh(&container, &script).await;
+            // Whether the other listens or not: both are looked for.
+            let other = node.pod("other").await;
+            let script = format!("nc -w 1 {} 9 </dev/null || true", node.ip(&other).await);
+            eventually("something is sent", async || {
+                node.sh(&container, &script).await;
+                (sent().await > before).then_some(())
+            })
+            .await;
             let default = network().await.default_interface.unwrap();
             assert_eq!(default.name, "eth0");
             let counted = value(default.tx_bytes);
