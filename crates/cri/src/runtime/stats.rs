@@ -143,6 +143,8 @@ fn pod(stats: &PodStats) -> cri::PodSandboxStats {
             network: stats
                 .interfaces
                 .as_deref()
+                // A kubelet reads the default interface without looking whether there is one.
+                .filter(|interfaces| !interfaces.is_empty())
                 .map(|interfaces| network(usage.at, interfaces)),
             process: process_count.map(|count| cri::ProcessUsage {
                 timestamp: usage.at,

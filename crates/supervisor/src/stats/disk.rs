@@ -27,7 +27,7 @@ const REFRESH: Duration = Duration::from_secs(20);
 /// A walk may take one part in so many of the time.
 const SHARE: u32 = 50;
 /// What a call waits for a container's first number.
-const FIRST: Duration = Duration::from_millis(500);
+const FIRST: Duration = Duration::from_secs(2);
 /// How long it is left alone after it could not be measured.
 const RETRY: Duration = Duration::from_secs(60);
 
