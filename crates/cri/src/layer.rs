@@ -39,9 +39,12 @@ pub fn recovering() -> Status {
 
 /// Told of every RPC when it ends; metrics hang here.
 pub trait Observer: Send + Sync + 'static {
+    /// A call has come; `span` is its own.
+    fn begins(&self, _path: &str, _headers: &HeaderMap, _span: &tracing::Span) {}
+
     /// `path` is whatever the client has asked for, `/runtime.v1.RuntimeService/Version`; `code` what
     /// the answer ended with, also that of a stream, and Cancelled where the client went away before;
-    /// `elapsed` is until that end.
+    /// `elapsed` is until that end. Called in the call's span.
     fn observe(&self, path: &str, code: Code, elapsed: Duration);
 }
 
@@ -113,6 +116,7 @@ where
         let method = path.rsplit('/').next().unwrap_or_default();
         let id = layer.next_id.fetch_add(1, Ordering::Relaxed);
         let span = tracing::info_span!("rpc", id, method);
+        layer.observer.begins(path, request.headers(), &span);
         let limit = request
             .headers()
             .get("grpc-timeout")
@@ -186,8 +190,10 @@ impl End {
         let code = status.as_ref().map_or(without, Status::code);
         let message = status.as_ref().map(Status::message).unwrap_or_default();
         let elapsed = self.began.elapsed();
-        self.observer.observe(&self.path, code, elapsed);
-        self.span.in_scope(|| log(code, message, elapsed));
+        self.span.in_scope(|| {
+            self.observer.observe(&self.path, code, elapsed);
+            log(code, message, elapsed);
+        });
     }
 }
 

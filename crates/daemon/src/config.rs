@@ -47,6 +47,7 @@ pub struct Config {
     pub streaming: Streaming,
     pub timeouts: Timeouts,
     pub metrics: Metrics,
+    pub tracing: Tracing,
     /// The files that this was read from, in their order.
     #[serde(skip)]
     pub sources: Vec<String>,
@@ -249,6 +250,44 @@ pub struct Timeouts {
     pub recovery_seconds: u64,
 }
 
+/// Where traces go.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tracing {
+    /// OTLP over gRPC, `http://127.0.0.1:4317`; empty: none.
+    pub endpoint: String,
+    /// Of a million calls whose client names no trace, those that begin one. A client that does has
+    /// decided by itself.
+    pub sampling_rate_per_million: u32,
+}
+
+impl Tracing {
+    fn check(&self) -> Result<(), Error> {
+        let rate = self.sampling_rate_per_million;
+        if rate > 1_000_000 {
+            let key = "tracing.sampling_rate_per_million";
+            let reason = format!("{rate} is more than a million");
+            return Err(Error::Invalid { key, reason });
+        }
+        let text = self.endpoint.as_str();
+        if text.is_empty() {
+            return Ok(());
+        }
+        let parsed = text.parse::<http::Uri>().ok();
+        let usable = parsed.is_some_and(|uri| {
+            let scheme = uri.scheme_str() == Some("http");
+            let bare = matches!(uri.path(), "" | "/") && uri.query().is_none();
+            scheme && bare && uri.port_u16().is_some() && !text.contains('@')
+        });
+        if !usable {
+            let key = "tracing.endpoint";
+            let reason = format!("{text:?} is not of the form \"http://host:port\"");
+            return Err(Error::Invalid { key, reason });
+        }
+        Ok(())
+    }
+}
+
 /// The endpoint that Prometheus scrapes.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -310,6 +349,7 @@ impl Default for Config {
             streaming: Streaming::default(),
             timeouts: Timeouts::default(),
             metrics: Metrics::default(),
+            tracing: Tracing::default(),
             sources: Vec::new(),
         }
     }
@@ -535,6 +575,7 @@ impl Config {
         self.images.check()?;
         self.streaming.check()?;
         self.metrics.address()?;
+        self.tracing.check()?;
         let images = &self.images;
         let other = SnapshotterName::ALL
             .into_iter()
@@ -768,6 +809,31 @@ mod tests {
         }
         let password = "[images.credentials.\"r.io\"]\npassword = 'secret'";
         assert!(toml::from_str::<Config>(password).is_err());
+    }
+
+    #[test]
+    fn traces_go_to_a_host_and_port() {
+        let check = |endpoint: &str, rate| {
+            let tracing = Tracing {
+                endpoint: endpoint.to_owned(),
+                sampling_rate_per_million: rate,
+            };
+            tracing.check()
+        };
+        assert!(check("", 0).is_ok());
+        assert!(check("http://127.0.0.1:4317", 1_000_000).is_ok());
+        for bad in [
+            "127.0.0.1:4317",
+            "https://collector:4317",
+            "http://collector",
+            "http://collector:4317/v1/traces",
+            "http://me:secret@collector:4317",
+            "nonsense",
+        ] {
+            let error = check(bad, 0).unwrap_err().to_string();
+            assert!(error.starts_with("tracing.endpoint: "), "{error}");
+        }
+        assert!(check("", 1_000_001).is_err());
     }
 
     #[test]

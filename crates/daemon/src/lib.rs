@@ -9,6 +9,7 @@ mod server;
 mod snapshotter;
 mod socket;
 mod streaming;
+pub mod traces;
 mod watchdog;
 
 pub use server::run;

@@ -5,8 +5,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use gantry_daemon::config::{Config, LogFormat, Overrides};
+use gantry_daemon::traces::{self, TRACE, Traces};
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::{self, format};
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Container supervisor for Kubernetes nodes: serves CRI v1 on a unix socket.
@@ -49,13 +53,13 @@ fn main() -> ExitCode {
     let outcome = Config::load(args.config.as_deref(), overrides)
         .map_err(anyhow::Error::from)
         .and_then(|config| {
-            start_log(&config)?;
+            let traces = start_log(&config)?;
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
                 // Idle blocking threads go back to the system soon: each holds a stack.
                 .thread_keep_alive(std::time::Duration::from_secs(2))
                 .build()?;
-            let outcome = runtime.block_on(gantry_daemon::run(config));
+            let outcome = runtime.block_on(gantry_daemon::run(config, traces));
             // Threads that wait for a hung disk or plugin must not keep us from ending.
             runtime.shutdown_timeout(std::time::Duration::from_secs(2));
             outcome
@@ -70,8 +74,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Structured log on standard error.
-fn start_log(config: &Config) -> anyhow::Result<()> {
+/// Structured log on standard error, and traces where they are to go.
+fn start_log(config: &Config) -> anyhow::Result<Option<Traces>> {
     let level: LevelFilter = config.log.level.parse().map_err(|_| {
         anyhow::anyhow!(
             "log.level: {:?} is not error, warn, info, debug or trace",
@@ -91,16 +95,34 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
         ]
         .map(|library| (library, LevelFilter::WARN)),
     );
-    let registry = tracing_subscriber::registry().with(filter);
-    let layer = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_target(false);
+    let filter = filter.with_target(TRACE, LevelFilter::OFF);
+    let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let Some((spans, traces)) = traces::layer(&config.tracing) else {
+        // One filter for all: what it refuses is never made.
+        let registry = tracing_subscriber::registry().with(filter);
+        match config.log.format {
+            LogFormat::Text => registry.with(lines().with_ansi(colour)).init(),
+            LogFormat::Json => registry.with(lines().json()).init(),
+        }
+        return Ok(None);
+    };
+    let registry = tracing_subscriber::registry().with(spans);
     match config.log.format {
         LogFormat::Text => {
-            let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            registry.with(layer.with_ansi(colour)).init();
+            let layer = lines().with_ansi(colour).with_filter(filter);
+            registry.with(layer).init();
         }
-        LogFormat::Json => registry.with(layer.json()).init(),
+        LogFormat::Json => registry.with(lines().json().with_filter(filter)).init(),
     }
-    Ok(())
+    Ok(Some(traces))
+}
+
+type Lines<S> = fmt::Layer<S, format::DefaultFields, format::Format, fn() -> std::io::Stderr>;
+
+fn lines<S>() -> Lines<S>
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+{
+    let stderr: fn() -> std::io::Stderr = std::io::stderr;
+    fmt::layer().with_writer(stderr).with_target(false)
 }

@@ -27,12 +27,14 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
+use tonic::Code;
 use tonic::transport::Server;
 
 use crate::config::{self, Config, SnapshotterName, StreamingTls};
 use crate::dump::Dump;
 use crate::metrics::{self, Metrics, Rpcs};
 use crate::streaming::Node;
+use crate::traces::{Counts, OfCalls, Traces};
 use crate::{handlers, snapshotter, socket, watchdog};
 
 /// What the kubelet receives at most; what we accept is a config with its annotations.
@@ -51,7 +53,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Runs until SIGTERM or SIGINT. Pods stay as they are.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     let began = Instant::now();
     gantry_sys::fs::umask(0o077);
     let dump = Dump::listen(config.state.join("dumps")).context("listen for SIGUSR1")?;
@@ -106,7 +108,13 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(address = %streaming.address(), "streaming");
 
     let calls = Calls::default();
-    let observer = metrics(&config, &supervisor, &calls, &gate)?;
+    let sent = traces.as_ref().map(Traces::counts);
+    let rpcs = metrics(&config, &supervisor, &calls, &gate, sent)?;
+    let of_calls = traces.map(|traces| {
+        tokio::spawn(traces.send());
+        OfCalls::default()
+    });
+    let observer = Arc::new(Observers(rpcs, of_calls));
     let state = State {
         supervisor: supervisor.clone(),
         calls: calls.clone(),
@@ -234,14 +242,41 @@ fn metrics(
     supervisor: &Supervisor,
     calls: &Calls,
     gate: &Gate,
-) -> Result<Arc<dyn Observer>> {
+    spans: Option<Arc<Counts>>,
+) -> Result<Option<Rpcs>> {
     let Some(address) = config.metrics.address()? else {
-        return Ok(Arc::new(()));
+        return Ok(None);
     };
     let rpcs = Rpcs::default();
-    let metrics = Metrics::new(supervisor.clone(), &rpcs, calls.clone(), gate.clone());
+    let metrics = Metrics::new(
+        supervisor.clone(),
+        &rpcs,
+        calls.clone(),
+        gate.clone(),
+        spans,
+    );
     tokio::spawn(metrics::serve(address, metrics));
-    Ok(Arc::new(rpcs))
+    Ok(Some(rpcs))
+}
+
+/// Who is told of calls, as configured.
+struct Observers(Option<Rpcs>, Option<OfCalls>);
+
+impl Observer for Observers {
+    fn begins(&self, path: &str, headers: &http::HeaderMap, span: &tracing::Span) {
+        if let Some(traces) = &self.1 {
+            traces.begins(path, headers, span);
+        }
+    }
+
+    fn observe(&self, path: &str, code: Code, elapsed: Duration) {
+        if let Some(rpcs) = &self.0 {
+            rpcs.observe(path, code, elapsed);
+        }
+        if let Some(traces) = &self.1 {
+            traces.observe(path, code, elapsed);
+        }
+    }
 }
 
 fn private_dir(path: &Path, mode: u32) -> Result<()> {

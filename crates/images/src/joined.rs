@@ -8,6 +8,8 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use gantry_types::times::{Reading, Times};
 
+use tracing::Instrument;
+
 use crate::cancel::Cancel;
 use crate::credentials::Credentials;
 use crate::progress::{Progress, Stand};
@@ -149,7 +151,7 @@ pub async fn pull(
                 serial,
                 (cancel.clone(), progress.clone()),
             );
-            let task = tokio::spawn(task);
+            let task = tokio::spawn(task.instrument(tracing::Span::current()));
             let ended = Error::Worker { what: "image pull" };
             let outcome = task.map(|done| done.unwrap_or(Err(Arc::new(ended))));
             Joinable {

@@ -7,6 +7,8 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use gantry_types::{Digest, ErrorKind, Kind};
 
+use tracing::Instrument;
+
 use crate::cancel::Cancel;
 use crate::credentials::Credentials;
 use crate::document::{self, Descriptor, Document};
@@ -113,6 +115,11 @@ pub async fn pull(
     pulled.map_err(|error| error.of_image(reference))
 }
 
+/// For traces alone.
+fn step(name: &'static str) -> tracing::Span {
+    tracing::info_span!(target: "gantry::trace", "step", otel.name = name)
+}
+
 async fn pull_image(
     inner: &Arc<Inner>,
     reference: &Reference,
@@ -141,10 +148,14 @@ async fn pull_image(
         visited: Vec::new(),
         fresh,
     };
-    let top = walk.top(reference).await?;
+    let top = walk
+        .top(reference)
+        .instrument(step("pull: resolve"))
+        .await?;
     failpoint::at("pull::after-resolve")?;
     let named = reference.with_digest(&top.digest);
-    let manifest = walk.manifest(top).await?;
+    let manifest = walk.manifest(top).instrument(step("pull: manifest"));
+    let manifest = manifest.await?;
     let Walk { mut lease, .. } = walk;
     if !renew.blobs.is_empty() || !renew.chains.is_empty() {
         make_anew(inner, &session, &manifest, &mut lease, renew, fresh).await?;
@@ -152,12 +163,14 @@ async fn pull_image(
     for (n, snapshotter) in inner.snapshotters.iter().enumerate() {
         if n == 0 || also.contains(&snapshotter.name()) {
             let session = Some(session.clone());
-            lease = install::install(inner, snapshotter, session, &manifest, lease, fresh).await?;
+            let installed = install::install(inner, snapshotter, session, &manifest, lease, fresh);
+            lease = installed.instrument(step("pull: layers")).await?;
         }
     }
     let tags = reference.tagged().into_iter().collect();
     failpoint::at("pull::before-record")?;
-    let image = inner.admit(manifest, tags, vec![named], lease).await?;
+    let admitted = inner.admit(manifest, tags, vec![named], lease);
+    let image = admitted.instrument(step("pull: record")).await?;
     inner.discard(&image).await;
     Ok(image.id.clone())
 }

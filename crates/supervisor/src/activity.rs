@@ -10,7 +10,12 @@ use std::time::{Duration, Instant};
 use gantry_types::times::{Reading, Times};
 use gantry_types::{ContainerId, PodId};
 
+use tracing::Instrument;
+
 use crate::registry::PodFacts;
+
+/// Target of the spans of steps: they are for traces, and the log passes them over.
+pub const TRACE: &str = "gantry::trace";
 
 /// What a step is of. Empty is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -115,6 +120,14 @@ impl Activity {
             of.handler = Some(self.default_handler.clone());
         }
         let began = Instant::now();
+        let span = tracing::info_span!(
+            target: TRACE,
+            "step",
+            otel.name = what,
+            pod = of.pod,
+            container = of.container,
+            otel.status_code = tracing::field::Empty,
+        );
         let times = {
             let mut times = lock(&self.times);
             let key = (what, of.handler.clone());
@@ -131,6 +144,7 @@ impl Activity {
             number,
             began,
             ok: false,
+            span,
         }
     }
 
@@ -142,7 +156,7 @@ impl Activity {
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let step = self.begin(what, of);
-        let outcome = work.await;
+        let outcome = work.instrument(step.span.clone()).await;
         step.end(outcome.is_ok());
         outcome
     }
@@ -197,6 +211,7 @@ pub(crate) struct Step {
     number: u64,
     began: Instant,
     ok: bool,
+    span: tracing::Span,
 }
 
 impl Step {
@@ -209,6 +224,9 @@ impl Drop for Step {
     fn drop(&mut self) {
         lock(&self.activity.steps).under_way.remove(&self.number);
         self.times.note(self.began.elapsed(), self.ok);
+        if !self.ok {
+            self.span.record("otel.status_code", "ERROR");
+        }
     }
 }
 

@@ -17,6 +17,8 @@ use gantry_cri::{Calls, Gate};
 use gantry_supervisor::Supervisor;
 use prometheus_client::registry::Registry;
 
+use crate::traces::Counts;
+
 pub use endpoint::serve;
 pub use rpcs::Rpcs;
 
@@ -25,13 +27,19 @@ pub use rpcs::Rpcs;
 pub struct Metrics(Registry);
 
 impl Metrics {
-    pub fn new(supervisor: Supervisor, rpcs: &Rpcs, calls: Calls, gate: Gate) -> Arc<Self> {
+    pub fn new(
+        supervisor: Supervisor,
+        rpcs: &Rpcs,
+        calls: Calls,
+        gate: Gate,
+        spans: Option<Arc<Counts>>,
+    ) -> Arc<Self> {
         // Names that are the same for every program have no prefix.
         let mut all = Registry::default();
         all.register_collector(Box::new(process::Process));
         let registry = all.sub_registry_with_prefix("gantry");
         rpcs.register(registry);
-        registry.register_collector(Box::new(node::Node::new(supervisor, calls, gate)));
+        registry.register_collector(Box::new(node::Node::new(supervisor, calls, gate, spans)));
         Arc::new(Self(all))
     }
 

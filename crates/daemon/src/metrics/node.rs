@@ -1,6 +1,7 @@
 //! What the node has and does, read at each scrape.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use gantry_cri::{Calls, Gate};
@@ -12,10 +13,13 @@ use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
+use crate::traces::Counts;
+
 pub struct Node {
     supervisor: Supervisor,
     calls: Calls,
     gate: Gate,
+    spans: Option<Arc<Counts>>,
 }
 
 impl std::fmt::Debug for Node {
@@ -74,11 +78,17 @@ impl Out<'_> {
 }
 
 impl Node {
-    pub fn new(supervisor: Supervisor, calls: Calls, gate: Gate) -> Self {
+    pub fn new(
+        supervisor: Supervisor,
+        calls: Calls,
+        gate: Gate,
+        spans: Option<Arc<Counts>>,
+    ) -> Self {
         Self {
             supervisor,
             calls,
             gate,
+            spans,
         }
     }
 
@@ -235,6 +245,32 @@ impl Node {
         out.gauges("transfers", help, "state", states)
     }
 
+    fn spans(&self, out: &mut Out<'_>) -> Outcome {
+        let Some(counts) = &self.spans else {
+            return Ok(());
+        };
+        for (name, help, count) in [
+            (
+                "spans_exported",
+                "Spans that the collector took",
+                &counts.exported,
+            ),
+            (
+                "spans_dropped",
+                "Spans for which the queue had no room",
+                &counts.dropped,
+            ),
+            (
+                "spans_failed",
+                "Spans that the collector did not take",
+                &counts.failed,
+            ),
+        ] {
+            out.counter(name, help, count.load(Ordering::Relaxed))?;
+        }
+        Ok(())
+    }
+
     fn store(&self, out: &mut Out<'_>) -> Outcome {
         let store = self.supervisor.store_now();
         let help = "Flushes of the store";
@@ -258,6 +294,7 @@ impl Collector for Node {
         self.steps(&mut out)?;
         self.drivers(&mut out)?;
         self.images(&mut out)?;
-        self.store(&mut out)
+        self.store(&mut out)?;
+        self.spans(&mut out)
     }
 }

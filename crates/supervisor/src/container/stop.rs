@@ -136,7 +136,9 @@ impl Driver {
                 () = mailbox.closed() => {}
             }
         };
-        self.effect(wait, move |driver, ()| driver.advance_container(&id));
+        // Nobody's: a grace of hours must not keep the call's span open.
+        let span = tracing::Span::none();
+        self.effect_of(span, wait, move |driver, ()| driver.advance_container(&id));
     }
 
     fn signal(&self, id: &ContainerId, signal: i32) {

@@ -194,8 +194,17 @@ impl Driver {
         work: impl Future<Output = T> + Send + 'static,
         then: impl FnOnce(&mut Driver, T) + Send + 'static,
     ) {
+        self.effect_of(tracing::Span::current(), work, then);
+    }
+
+    /// As [`Driver::effect`], on behalf of the call with this span.
+    pub(crate) fn effect_of<T: Send + 'static>(
+        &self,
+        span: tracing::Span,
+        work: impl Future<Output = T> + Send + 'static,
+        then: impl FnOnce(&mut Driver, T) + Send + 'static,
+    ) {
         let mailbox = self.mailbox.clone();
-        let span = tracing::Span::current();
         tokio::spawn(async move {
             let outcome = work.instrument(span.clone()).await;
             let apply = Box::new(move |driver: &mut Driver| then(driver, outcome));
