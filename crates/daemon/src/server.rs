@@ -24,6 +24,7 @@ use gantry_streaming::Certificate;
 use gantry_supervisor::host::APPARMOR_DEFAULT;
 use gantry_supervisor::{CgroupDriver, Cgroups, Hierarchy, Host, Settings, Supervisor, Timeouts};
 use sd_notify::NotifyState;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -66,13 +67,12 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     // comes early is told to wait.
     let listener = socket::listen(&config.socket)
         .with_context(|| format!("listen on {}", config.socket.display()))?;
-    let cadvisor = match config.cadvisor.socket() {
-        Some(path) => Some(
-            socket::listen(path)
-                .with_context(|| format!("cadvisor.socket: listen on {}", path.display()))?,
-        ),
-        None => None,
-    };
+    let cadvisor = config.cadvisor.socket();
+    let cadvisor = cadvisor.map(|path| {
+        socket::listen(path)
+            .with_context(|| format!("cadvisor.socket: listen on {}", path.display()))
+    });
+    let cadvisor = cadvisor.transpose()?;
     let gate = Gate::default();
 
     let store_dir = config.root.join("store");
@@ -157,20 +157,7 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     );
     if let Some(listener) = cadvisor {
         let face = ContainerdFace::new(supervisor.clone(), gate.clone());
-        // Its calls are few and of the kubelet's own process: they have no layer around them.
-        let server = Server::builder()
-            .add_service(ContainersServer::new(face.clone()))
-            .add_service(TasksServer::new(face.clone()))
-            .add_service(VersionServer::new(face));
-        let incoming = UnixListenerStream::new(listener);
-        tokio::spawn(async move {
-            if let Err(error) = server
-                .serve_with_incoming_shutdown(incoming, told(stopped))
-                .await
-            {
-                tracing::error!(%error, "cadvisor.socket is served no more");
-            }
-        });
+        tokio::spawn(serve_cadvisor(listener, face, told(stopped)));
     }
 
     let mut terminate = signal(SignalKind::terminate())?;
@@ -188,11 +175,11 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
         "recovered"
     );
     gate.open();
-    let (events, watched) = (supervisor.clone(), supervisor.clone());
+    let collector = supervisor.clone();
     // What a killed daemon left of removals and pulls. Nobody waits for it.
     tokio::spawn(async move {
         loop {
-            supervisor.collect_layers().await;
+            collector.collect_layers().await;
             tokio::time::sleep(COLLECTION_INTERVAL).await;
         }
     });
@@ -200,7 +187,7 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("ready")]) {
         tracing::warn!(%error, "systemd was not told that we are ready");
     }
-    watchdog::start(&config.socket, watched);
+    watchdog::start(&config.socket, supervisor.clone());
 
     let mut serving = serving;
     tokio::select! {
@@ -214,7 +201,7 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     drop(stop);
     // They would never end by themselves.
-    events.registry().close_events();
+    supervisor.registry().close_events();
     if tokio::time::timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
         tracing::warn!("calls under way were cut off");
     }
@@ -229,6 +216,22 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Its calls are few and of the kubelet's own process: they have no layer around them.
+async fn serve_cadvisor(
+    listener: UnixListener,
+    face: ContainerdFace,
+    stopped: impl Future<Output = ()>,
+) {
+    let server = Server::builder()
+        .add_service(ContainersServer::new(face.clone()))
+        .add_service(TasksServer::new(face.clone()))
+        .add_service(VersionServer::new(face));
+    let incoming = UnixListenerStream::new(listener);
+    if let Err(error) = server.serve_with_incoming_shutdown(incoming, stopped).await {
+        tracing::error!(%error, "cadvisor.socket is served no more");
+    }
 }
 
 /// Ends when the other end is dropped.
