@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use gantry_types::{ContainerState, PodState, ProcessRef};
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 pub use disk::{DiskUsage, FileSystem, device_name};
 pub use usage::{
@@ -51,11 +51,15 @@ const STALE: Duration = Duration::from_secs(15);
 const LINGER: Duration = Duration::from_secs(180);
 /// Calls that read at the same time. More would wait for the same locks of the kernel.
 const READERS: usize = 2;
+/// Of those that read details, which take far longer: they have turns of their own, so that no
+/// number of scrapes keeps a kubelet from the numbers it evicts by.
+const DETAIL_READERS: usize = 1;
 
 pub(crate) struct Stats {
     rates: Rates,
     disks: Arc<Disks>,
-    readers: Semaphore,
+    readers: Arc<Semaphore>,
+    detail_readers: Arc<Semaphore>,
     sampler: Mutex<Sampler>,
 }
 
@@ -70,7 +74,8 @@ impl Default for Stats {
         Self {
             rates: Rates::default(),
             disks: Arc::default(),
-            readers: Semaphore::new(READERS),
+            readers: Arc::new(Semaphore::new(READERS)),
+            detail_readers: Arc::new(Semaphore::new(DETAIL_READERS)),
             sampler: Mutex::default(),
         }
     }
@@ -125,7 +130,9 @@ impl Supervisor {
         let measured = self.begin_stats(&views);
         let ctx = Arc::clone(&self.ctx);
         let mut stats = self
-            .read_stats(move || {
+            .ctx
+            .stats
+            .read(Depth::Usage, move || {
                 let mut work = Work::new(&ctx, Depth::Usage);
                 let tasks = false;
                 let stats: Vec<_> = views
@@ -158,7 +165,9 @@ impl Supervisor {
         let measured = self.begin_stats(&views);
         let ctx = Arc::clone(&self.ctx);
         let mut stats = self
-            .read_stats(move || {
+            .ctx
+            .stats
+            .read(depth, move || {
                 let mut work = Work::new(&ctx, depth);
                 let stats: Vec<_> = pods.iter().filter_map(|pod| work.pod(pod)).collect();
                 work.finish();
@@ -181,15 +190,6 @@ impl Supervisor {
     fn begin_stats(&self, views: &[Arc<ContainerView>]) -> Vec<gantry_types::ContainerId> {
         asked(&self.ctx);
         self.ctx.stats.disks.ask(&subjects(&self.ctx, views))
-    }
-
-    async fn read_stats<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, Error> {
-        // Never closed.
-        let _turn = self.ctx.stats.readers.acquire().await;
-        blocking(move || Ok(work())).await
     }
 
     fn with_disks(&self, stats: &mut [ContainerStats]) {
@@ -389,6 +389,30 @@ impl Stats {
         self.sampler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    async fn turn(&self, depth: Depth) -> Result<OwnedSemaphorePermit, AcquireError> {
+        let turns = match depth {
+            Depth::Usage => &self.readers,
+            Depth::Details => &self.detail_readers,
+        };
+        Arc::clone(turns).acquire_owned().await
+    }
+
+    /// Reads when it is this call's turn. The turn ends with the work and not with the caller: who
+    /// gives up and asks again would otherwise add to the threads that read.
+    async fn read<T: Send + 'static>(
+        &self,
+        depth: Depth,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        // Never closed.
+        let turn = self.turn(depth).await;
+        blocking(move || {
+            let _turn = turn;
+            Ok(work())
+        })
+        .await
+    }
+
     /// Whether nobody has asked for long; then the task that finds out is no more.
     fn rests(&self) -> bool {
         let mut sampler = self.sampler();
@@ -407,16 +431,9 @@ async fn sample(ctx: Weak<Context>) {
             ctx.stats.disks.retain(|id| ctx.registry.has_container(id));
             return;
         }
-        let Ok(_turn) = ctx.stats.readers.acquire().await else {
-            return;
-        };
         let sampled = Arc::clone(&ctx);
-        if let Err(error) = blocking(move || {
-            sample_once(&sampled);
-            Ok(())
-        })
-        .await
-        {
+        let read = ctx.stats.read(Depth::Usage, move || sample_once(&sampled));
+        if let Err(error) = read.await {
             tracing::error!(%error, "no samples for CPU rates");
         }
     }
@@ -467,6 +484,27 @@ fn sample_once(ctx: &Arc<Context>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_turn_ends_with_the_reading_and_not_with_the_caller() {
+        let stats = Stats::default();
+        let (began, begun) = tokio::sync::oneshot::channel();
+        let (go_on, wait) = std::sync::mpsc::channel::<()>();
+        let first = stats.read(Depth::Details, move || {
+            let _ = began.send(());
+            let _ = wait.recv();
+        });
+        tokio::select! {
+            _ = first => unreachable!("it waits to be told to go on"),
+            begun = begun => begun.unwrap(),
+        }
+        // The caller has gone away; the reading goes on.
+        assert_eq!(stats.detail_readers.available_permits(), 0);
+        // A kubelet's call has its turn meanwhile.
+        assert_eq!(stats.read(Depth::Usage, || 1).await.unwrap(), 1);
+        go_on.send(()).unwrap();
+        assert_eq!(stats.read(Depth::Details, || 2).await.unwrap(), 2);
+    }
 
     #[test]
     fn sums_leave_out_what_some_cannot_tell() {

@@ -29,7 +29,8 @@ const BUFFER_MAX: usize = 4 * 1024 * 1024;
 /// system call or more each. Where there are more, there is no number rather than a wrong one.
 const PROCESSES_MAX: usize = 512;
 const DESCRIPTORS_MAX: u64 = 32 * 1024;
-/// Cgroups that a container has made below its own and that are looked through for processes.
+/// Cgroups that a container has made below its own and that are looked through for processes. Of
+/// one that made more, there is no number of processes or descriptors.
 const BELOW_MAX: usize = 256;
 
 /// What is wanted beside CPU time, memory and swap.
@@ -66,7 +67,7 @@ impl<'a> Reader<'a> {
         self.path.clear();
         self.path.push(dir);
         self.path.push(name);
-        match fill(&self.path, &mut self.buffer) {
+        match File::open(&self.path).and_then(|file| fill(file, &mut self.buffer)) {
             Ok(length) => self.buffer.get(..length),
             Err(error) => {
                 if !is_gone(&error) && self.trouble.is_none() {
@@ -132,11 +133,14 @@ impl<'a> Reader<'a> {
     fn memory_v2(&mut self, dir: &Path, want: Want, usage: &mut Usage) {
         if let Some(current) = self.number(dir, "memory.current") {
             let text = self.file(dir, "memory.stat");
-            let mut memory = parse::memory_v2(current, text.unwrap_or_default());
-            if want.limit {
+            // Without it all of the usage would be the working set, by which a kubelet evicts.
+            let mut memory = text.map(|text| parse::memory_v2(current, text));
+            if want.limit
+                && let Some(memory) = &mut memory
+            {
                 memory.limit = self.file(dir, "memory.max").and_then(parse::limit);
             }
-            usage.memory = Some(memory);
+            usage.memory = memory;
             usage.swap = self.number(dir, "memory.swap.current");
         }
         if want.pressure {
@@ -153,8 +157,11 @@ impl<'a> Reader<'a> {
         let Some(current) = self.number(dir, "memory.usage_in_bytes") else {
             return;
         };
-        let text = self.file(dir, "memory.stat");
-        let (mut memory, swap): (Memory, _) = parse::memory_v1(current, text.unwrap_or_default());
+        // As on v2.
+        let Some(text) = self.file(dir, "memory.stat") else {
+            return;
+        };
+        let (mut memory, swap): (Memory, _) = parse::memory_v1(current, text);
         if want.limit {
             let text = self.file(dir, "memory.limit_in_bytes");
             memory.limit = text.and_then(parse::limit);
@@ -248,21 +255,21 @@ impl<'a> Reader<'a> {
         let mut pids: Vec<u64> = parse::pids(self.file(dir, "cgroup.procs")?).collect();
         // A cgroup has as many links as it has directories in it, and two (kernfs): nearly always
         // a container made none, and nothing is listed.
-        if fs::metadata(dir).is_ok_and(|metadata| metadata.nlink() > 2) {
-            self.pids_below(dir, &mut pids);
-        }
+        let below = fs::metadata(dir).is_ok_and(|metadata| metadata.nlink() > 2);
+        let all = !below || self.pids_below(dir, &mut pids);
         let first = pids.first().copied();
         let limits = first.and_then(|pid| self.file(&proc(pid), "limits"));
         let open_files_limit = limits.and_then(parse::open_files_limit);
         Some(Processes {
-            count: u64::try_from(pids.len()).unwrap_or(u64::MAX),
-            descriptors: descriptors(&pids),
+            count: all.then(|| u64::try_from(pids.len()).unwrap_or(u64::MAX)),
+            descriptors: all.then(|| descriptors(&pids)).flatten(),
             open_files_limit,
         })
     }
 
-    /// Adds the processes of cgroups that a container has made below its own.
-    fn pids_below(&mut self, dir: &Path, pids: &mut Vec<u64>) {
+    /// Adds the processes of cgroups that a container has made below its own. Returns whether
+    /// these are all.
+    fn pids_below(&mut self, dir: &Path, pids: &mut Vec<u64>) -> bool {
         let mut pending = vec![dir.to_owned()];
         let mut seen = 0;
         while let Some(dir) = pending.pop() {
@@ -275,7 +282,7 @@ impl<'a> Reader<'a> {
                 }
                 seen += 1;
                 if seen > BELOW_MAX {
-                    return;
+                    return false;
                 }
                 let path = entry.path();
                 if let Some(text) = self.file(&path, "cgroup.procs") {
@@ -284,6 +291,7 @@ impl<'a> Reader<'a> {
                 pending.push(path);
             }
         }
+        true
     }
 
     /// Interfaces of the network namespace of a process; `None` when it has ended.
@@ -298,11 +306,9 @@ fn proc(pid: u64) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
 
-/// Reads a file to its end. The files of cgroups come whole in one read; those of /proc/PID/net
-/// come by the page.
-fn fill(path: &Path, buffer: &mut Vec<u8>) -> io::Result<usize> {
-    let mut file = File::open(path)?;
-    let by_the_page = path.starts_with("/proc");
+/// Reads a file to its end, which a read of nothing tells and no short one does: lists of processes
+/// and of interfaces come by the page.
+fn fill(mut file: impl Read, buffer: &mut Vec<u8>) -> io::Result<usize> {
     let mut length = 0;
     loop {
         let read = match file.read(&mut buffer[length..]) {
@@ -310,7 +316,7 @@ fn fill(path: &Path, buffer: &mut Vec<u8>) -> io::Result<usize> {
             read => read?,
         };
         length += read;
-        if read == 0 || (length < buffer.len() && !by_the_page) {
+        if read == 0 {
             return Ok(length);
         }
         if length == buffer.len() {
@@ -481,7 +487,7 @@ mod tests {
             (Some(1), Some(3))
         );
         assert_eq!((details.io.len(), details.max_tasks), (1, None));
-        assert_eq!(details.processes.unwrap().count, 0);
+        assert_eq!(details.processes.unwrap().count, Some(0));
         assert!(reader.trouble.is_none(), "{:?}", reader.trouble);
         // The limit below what is used, as after an update.
         fake.write("c/memory.max", "500\n");
@@ -569,7 +575,11 @@ mod tests {
         fs::create_dir(dir.join("memory.stat")).unwrap();
         let mut reader = Reader::new(&fake.cgroups);
         let usage = reader.usage(&dir, Want::default()).unwrap();
-        assert_eq!(usage.memory.unwrap().usage, 1000);
+        assert_eq!(usage.cpu.unwrap().usage, 5000);
+        assert_eq!(
+            usage.memory, None,
+            "no working set is better than a false one"
+        );
         let (path, _) = reader.trouble.unwrap();
         assert!(path.ends_with("memory.stat"));
     }
@@ -581,10 +591,56 @@ mod tests {
         let text = "8:0 rbytes=1 wbytes=2 rios=3 wios=4\n".repeat(2000);
         fs::write(&path, &text).unwrap();
         let mut buffer = vec![0; BUFFER];
-        let length = fill(&path, &mut buffer).unwrap();
+        let length = fill(File::open(&path).unwrap(), &mut buffer).unwrap();
         assert_eq!(&buffer[..length], text.as_bytes());
-        let error = fill(Path::new("/dev/zero"), &mut buffer).unwrap_err();
+        let error = fill(File::open("/dev/zero").unwrap(), &mut buffer).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+    }
+
+    #[test]
+    fn what_comes_in_pieces_is_read_to_its_end() {
+        /// Gives few bytes a read, as a list does that comes by the page, and is interrupted first.
+        struct Pieces<'a>(&'a [u8], bool);
+
+        impl Read for Pieces<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                if !std::mem::replace(&mut self.1, true) {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                let length = buffer.len().min(5);
+                self.0.read(&mut buffer[..length])
+            }
+        }
+
+        let text = (1..=9000).map(|pid| format!("{pid}\n"));
+        let text = text.collect::<String>();
+        let mut buffer = vec![0; BUFFER];
+        let length = fill(Pieces(text.as_bytes(), false), &mut buffer).unwrap();
+        assert_eq!(length, text.len());
+        assert_eq!(parse::pids(&buffer[..length]).count(), 9000);
+    }
+
+    #[test]
+    fn a_part_of_the_processes_is_no_number_of_them() {
+        let fake = fake(true);
+        let own = std::process::id();
+        fake.write("c/cgroup.procs", &format!("{own}\n"));
+        let dir = fake.root.path().join("c");
+        for n in 0..=BELOW_MAX {
+            if n == BELOW_MAX {
+                let mut reader = Reader::new(&fake.cgroups);
+                assert!(reader.pids_below(&dir, &mut Vec::new()), "{n} cgroups");
+            }
+            fake.write(&format!("c/{n}/cgroup.procs"), "");
+        }
+        let mut reader = Reader::new(&fake.cgroups);
+        assert!(!reader.pids_below(&dir, &mut Vec::new()));
+        // Some file systems do not count directories in the links of one.
+        if fs::metadata(&dir).unwrap().nlink() > 2 {
+            let processes = reader.processes(&dir).unwrap();
+            assert_eq!((processes.count, processes.descriptors), (None, None));
+            assert!(processes.open_files_limit.is_some());
+        }
     }
 
     #[test]
@@ -596,7 +652,7 @@ mod tests {
         fake.write("c/a/b/cgroup.procs", "0\n");
         let mut reader = Reader::new(&fake.cgroups);
         let mut pids = Vec::new();
-        reader.pids_below(&fake.root.path().join("c"), &mut pids);
+        assert!(reader.pids_below(&fake.root.path().join("c"), &mut pids));
         pids.sort_unstable();
         assert_eq!(pids, [0, u64::from(own)]);
     }

@@ -157,7 +157,8 @@ pub struct HugePages {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Processes {
-    pub count: u64,
+    /// `None` where they are in too many cgroups to look through.
+    pub count: Option<u64>,
     /// Open files and those of them that are sockets; `None` when there are too many to count.
     pub descriptors: Option<Descriptors>,
     /// Soft limit of open files of the first process.

@@ -190,7 +190,7 @@ impl Metrics {
     }
 
     fn processes(&mut self, processes: &Processes) {
-        self.put(&table::PROCESSES, &[], processes.count);
+        self.put_if(&table::PROCESSES, processes.count);
         if let Some(descriptors) = processes.descriptors {
             self.put(&table::FILE_DESCRIPTORS, &[], descriptors.open);
             self.put(&table::SOCKETS, &[], descriptors.sockets);
@@ -441,7 +441,7 @@ mod tests {
             }],
             max_tasks: None,
             processes: Some(Processes {
-                count: 1,
+                count: Some(1),
                 descriptors: Some(Descriptors::default()),
                 open_files_limit: Some(1),
             }),
