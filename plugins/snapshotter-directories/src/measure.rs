@@ -8,9 +8,11 @@ use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use gantry_ports::Error;
 use gantry_ports::snapshotter::Usage;
+use gantry_types::ErrorKind;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
@@ -23,17 +25,74 @@ const OPEN_MAX: usize = 64;
 /// # Errors
 /// A root that does not exist or is no directory, and whatever keeps a directory from being read.
 pub fn measure(roots: &[PathBuf]) -> Result<Usage, Error> {
-    let mut walk = Walk::default();
+    measure_within(roots, Bounds::default())
+}
+
+/// As [`measure()`] for trees that somebody may make larger than is good.
+pub(crate) fn measure_within(roots: &[PathBuf], bounds: Bounds) -> Result<Usage, Error> {
+    let mut walk = Walk {
+        deadline: Instant::now().checked_add(bounds.time),
+        bounds,
+        ..Walk::default()
+    };
     for root in roots {
-        walk.tree(root, |_| ())
-            .map_err(|e| Error::io(format_args!("measure {}", root.display()), e.into()))?;
+        walk.tree(root, |_| ()).map_err(|stop| match stop {
+            Stop::Failed(error) => {
+                Error::io(format_args!("measure {}", root.display()), error.into())
+            }
+            Stop::Bound(kind, bound) => {
+                Error::new(kind, format!("measure {}: {bound}", root.display()))
+            }
+        })?;
     }
     Ok(walk.usage)
 }
 
+/// What a walk may cost. The default is as much as there is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    pub entries: u64,
+    pub time: Duration,
+    /// Bytes of memory, about.
+    pub held: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            entries: u64::MAX,
+            time: Duration::MAX,
+            held: usize::MAX,
+        }
+    }
+}
+
+/// Why a walk ended early.
+#[derive(Debug)]
+enum Stop {
+    Failed(Errno),
+    Bound(ErrorKind, String),
+}
+
+impl From<Errno> for Stop {
+    fn from(error: Errno) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// What a name or an inode costs beside its bytes, about.
+const HELD_EACH: usize = 32;
+
 #[derive(Default)]
 struct Walk {
     usage: Usage,
+    bounds: Bounds,
+    /// `None`: never.
+    deadline: Option<Instant>,
+    /// Entries met, counted or not.
+    entries: u64,
+    /// Memory in `linked` and in what is pending.
+    held: usize,
     /// Inodes of files with several names.
     linked: HashSet<u64>,
 }
@@ -49,7 +108,7 @@ struct Level {
 
 impl Walk {
     /// `enter` is called with the name of each directory before it is opened.
-    fn tree(&mut self, root: &PathBuf, mut enter: impl FnMut(&CStr)) -> Result<(), Errno> {
+    fn tree(&mut self, root: &PathBuf, mut enter: impl FnMut(&CStr)) -> Result<(), Stop> {
         let root = self.directory(open(CWD, root)?)?;
         let mut way = vec![root];
         while let Some(level) = way.last_mut() {
@@ -57,10 +116,15 @@ impl Walk {
                 up(&mut way)?;
                 continue;
             };
+            self.held = self.held.saturating_sub(HELD_EACH + name.count_bytes());
             enter(&name);
             let Some(fd) = &level.fd else { continue };
             let inner = match open(fd, name.as_c_str()) {
-                Err(error) if is_gone(error) => continue,
+                Err(error) if is_gone(error) => {
+                    // Who swaps directories for links all the time has no entries to be counted.
+                    self.step()?;
+                    continue;
+                }
                 opened => self.directory(opened?)?,
             };
             if way.len() >= OPEN_MAX
@@ -74,7 +138,7 @@ impl Walk {
     }
 
     /// Counts an open directory and all in it that is none.
-    fn directory(&mut self, fd: OwnedFd) -> Result<Level, Errno> {
+    fn directory(&mut self, fd: OwnedFd) -> Result<Level, Stop> {
         let stat = rustix::fs::fstat(&fd)?;
         self.count(&stat);
         let mut pending = Vec::new();
@@ -88,13 +152,18 @@ impl Walk {
             if matches!(name.to_bytes(), b"." | b"..") {
                 continue;
             }
+            self.step()?;
             let stat = match rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Err(error) if is_gone(error) => continue,
                 stat => stat?,
             };
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+                self.hold(name.count_bytes())?;
                 pending.push(name.to_owned());
-            } else if stat.st_nlink < 2 || self.linked.insert(stat.st_ino) {
+            } else if stat.st_nlink < 2 {
+                self.count(&stat);
+            } else if self.linked.insert(stat.st_ino) {
+                self.hold(0)?;
                 self.count(&stat);
             }
         }
@@ -103,6 +172,30 @@ impl Walk {
             fd: Some(fd),
             pending,
         })
+    }
+
+    /// One more entry.
+    fn step(&mut self) -> Result<(), Stop> {
+        self.entries += 1;
+        if self.entries > self.bounds.entries {
+            let bound = format!("more than {} entries", self.bounds.entries);
+            return Err(Stop::Bound(ErrorKind::ResourceExhausted, bound));
+        }
+        if self.deadline.is_some_and(|at| at <= Instant::now()) {
+            let bound = format!("not at its end after {:?}", self.bounds.time);
+            return Err(Stop::Bound(ErrorKind::DeadlineExceeded, bound));
+        }
+        Ok(())
+    }
+
+    /// Memory for one more thing.
+    fn hold(&mut self, bytes: usize) -> Result<(), Stop> {
+        self.held = self.held.saturating_add(HELD_EACH + bytes);
+        if self.held > self.bounds.held {
+            let bound = "too many directories side by side, or files with several names";
+            return Err(Stop::Bound(ErrorKind::ResourceExhausted, bound.to_owned()));
+        }
+        Ok(())
     }
 
     fn count(&mut self, stat: &Stat) {
@@ -156,6 +249,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
     use std::path::Path;
+
+    use gantry_types::Kind;
 
     use super::*;
 
@@ -258,6 +353,61 @@ mod tests {
         })
         .unwrap();
         assert_eq!(walk.usage.inodes, before);
+    }
+
+    #[test]
+    fn a_walk_ends_at_its_bounds() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 0..10 {
+            fs::create_dir(dir.path().join(format!("d{n}"))).unwrap();
+            let file = dir.path().join(format!("d{n}/file"));
+            fs::write(&file, "x").unwrap();
+            fs::hard_link(&file, dir.path().join(format!("d{n}/again"))).unwrap();
+        }
+        let roots = [dir.path().to_owned()];
+        let within = |bounds| measure_within(&roots, bounds);
+        let whole = measure(&roots).unwrap();
+        assert_eq!(whole.inodes, 21);
+        let enough = Bounds {
+            entries: 30,
+            time: Duration::from_secs(600),
+            held: 20 * (HELD_EACH + 2),
+        };
+        assert_eq!(within(enough).unwrap(), whole);
+        let table = [
+            (
+                Bounds {
+                    entries: 29,
+                    ..enough
+                },
+                ErrorKind::ResourceExhausted,
+            ),
+            (
+                Bounds {
+                    held: 9 * (HELD_EACH + 2),
+                    ..enough
+                },
+                ErrorKind::ResourceExhausted,
+            ),
+            (
+                Bounds {
+                    time: Duration::ZERO,
+                    ..enough
+                },
+                ErrorKind::DeadlineExceeded,
+            ),
+        ];
+        for (bounds, kind) in table {
+            let error = within(bounds).unwrap_err();
+            assert_eq!(error.kind(), kind, "{bounds:?}: {error}");
+            assert!(error.to_string().contains(&roots[0].display().to_string()));
+        }
+        // A directory that was walked is not held any more.
+        let held = Bounds {
+            held: 10 * (HELD_EACH + 2),
+            ..enough
+        };
+        assert_eq!(within(held).unwrap(), whole);
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use gantry_ports::Error;
 use gantry_ports::snapshotter::Usage;
 use gantry_types::{ContainerId, ErrorKind};
 
 use crate::layout::{self, Layout};
-use crate::measure::measure;
+use crate::measure::{Bounds, measure_within};
 
 /// Makes a container's snapshot; one that exists is success. `fill` gets the directory that the
 /// snapshot will be.
@@ -59,13 +60,25 @@ pub fn volumes(layout: &Layout, container: &ContainerId) -> Result<PathBuf, Erro
     }
 }
 
+/// What a walk through a snapshot may cost: its tree is as its container wants it, may grow ahead of
+/// the walk, and others wait to be measured. A million files take a few seconds from memory, and
+/// this time from a slow disk; who has walked in vain has brought some of it into memory.
+const BOUNDS: Bounds = Bounds {
+    entries: 5_000_000,
+    time: Duration::from_secs(60),
+    held: 64 << 20,
+};
+
 /// What a container's snapshot occupies, volumes included.
+///
+/// # Errors
+/// As [`crate::measure()`]; ResourceExhausted or DeadlineExceeded for a tree that is too large.
 pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Usage, Error> {
     let snapshot = layout.snapshot(container);
     let mut roots = vec![snapshot.join("fs")];
     // Most containers have no volumes.
     roots.extend(Some(snapshot.join("volumes")).filter(|dir| dir.exists()));
-    measure(&roots)
+    measure_within(&roots, BOUNDS)
 }
 
 /// Containers that have a snapshot.

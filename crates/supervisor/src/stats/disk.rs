@@ -5,7 +5,9 @@
 //! one tree after the other, as long as there are any, and at the lowest priority. A tree is looked
 //! at again after [`REFRESH`], or after [`SHARE`] times as long as the walk took if that is more:
 //! the share of a CPU that a container can cost by making files is bounded. What does not run cannot
-//! change and is measured once.
+//! change and is measured once. A walk has bounds, which the snapshotter knows: a tree that is larger
+//! keeps the number it had, and is tried again ever less often, so that it cannot keep others from
+//! theirs.
 //!
 //! Only for a container of which nothing is known yet a call waits, once and for [`FIRST`] at most:
 //! who asks once gets a number for all but huge trees, and a disk that hangs holds up nobody twice.
@@ -28,8 +30,10 @@ const REFRESH: Duration = Duration::from_secs(20);
 const SHARE: u32 = 50;
 /// What a call waits for a container's first number.
 const FIRST: Duration = Duration::from_secs(2);
-/// How long it is left alone after it could not be measured.
+/// How long it is left alone after it could not be measured, each time twice as long, up to
+/// [`RETRY_MAX`]: a walk that ends at its bounds is long, and others wait behind it.
 const RETRY: Duration = Duration::from_secs(60);
+const RETRY_MAX: Duration = Duration::from_secs(3600);
 
 /// What a container has written, and where to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +97,8 @@ impl Subject {
 struct Known {
     usage: Option<DiskUsage>,
     phase: Phase,
+    /// How often in a row it could not be measured.
+    failures: u32,
     /// When to look again; `None` is never.
     due: Option<Instant>,
 }
@@ -213,7 +219,10 @@ impl Disks {
             let file_system = file_systems.entry(containers.to_owned());
             let file_system = file_system.or_insert_with(|| Arc::new(file_system_of(containers)));
             let measured = subject.snapshotter.usage(&subject.id);
-            let known = note(&subject, measured, began.elapsed(), file_system);
+            let took = began.elapsed();
+            let failures = self.lock().known.get(&subject.id).map(|old| old.failures);
+            let failures = failures.unwrap_or_default();
+            let known = note(&subject, measured, took, failures, file_system);
             let mut state = self.lock();
             match known {
                 Some(known) => {
@@ -245,6 +254,7 @@ fn note(
     subject: &Subject,
     measured: Result<Usage, gantry_ports::Error>,
     took: Duration,
+    failures: u32,
     file_system: &Arc<FileSystem>,
 ) -> Option<Known> {
     let phase = subject.phase;
@@ -257,16 +267,22 @@ fn note(
                 file_system: Arc::clone(file_system),
             }),
             phase,
+            failures: 0,
             due: (phase == Phase::Running)
                 .then(|| Instant::now() + REFRESH.max(took.saturating_mul(SHARE))),
         }),
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => {
-            tracing::warn!(container = %subject.id, %error, "disk usage not measured");
+            match failures {
+                0 => tracing::warn!(container = %subject.id, %error, "disk usage not measured"),
+                _ => tracing::debug!(container = %subject.id, %error, "disk usage not measured"),
+            }
+            let retry = RETRY.saturating_mul(1 << failures.min(16)).min(RETRY_MAX);
             Some(Known {
                 usage: None,
                 phase,
-                due: Some(Instant::now() + RETRY),
+                failures: failures.saturating_add(1),
+                due: Some(Instant::now() + retry.max(took.saturating_mul(SHARE))),
             })
         }
     }
@@ -310,4 +326,252 @@ pub fn device_name(major: u64, minor: u64) -> String {
         Some(format!("/dev/{}", name.replace('!', "/")))
     });
     name.unwrap_or_else(|| format!("{major}:{minor}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use gantry_ports::Error;
+    use gantry_ports::snapshotter::{Owner, Stage, Whiteouts};
+    use gantry_types::Digest;
+
+    use super::*;
+
+    /// What keeps a container's next walk from its end.
+    enum Tree {
+        /// The walk ends at its bounds.
+        Huge,
+        /// The walk goes on when it is told.
+        Hangs(mpsc::Receiver<()>),
+    }
+
+    #[derive(Default)]
+    struct Fake {
+        trees: Mutex<HashMap<ContainerId, Tree>>,
+        walks: Mutex<Vec<ContainerId>>,
+    }
+
+    impl Fake {
+        fn set(&self, n: u8, tree: Tree) {
+            self.trees.lock().unwrap().insert(id(n), tree);
+        }
+
+        fn walks_of(&self, n: u8) -> usize {
+            let walks = self.walks.lock().unwrap();
+            walks.iter().filter(|walked| **walked == id(n)).count()
+        }
+    }
+
+    fn not_called<T>() -> Result<T, Error> {
+        Err(Error::internal("not called by a measurement"))
+    }
+
+    impl Snapshotter for Fake {
+        fn usage(&self, container: &ContainerId) -> Result<Usage, Error> {
+            self.walks.lock().unwrap().push(container.clone());
+            let small = Usage {
+                bytes: 1,
+                inodes: 1,
+            };
+            let tree = self.trees.lock().unwrap().remove(container);
+            match tree {
+                None => Ok(small),
+                Some(Tree::Huge) => {
+                    let error = "not at its end";
+                    Err(Error::new(ErrorKind::DeadlineExceeded, error))
+                }
+                Some(Tree::Hangs(told)) => {
+                    let _ = told.recv();
+                    Ok(small)
+                }
+            }
+        }
+
+        fn name(&self) -> &'static str {
+            "fake"
+        }
+
+        fn root(&self) -> &Path {
+            Path::new("/")
+        }
+
+        fn containers(&self) -> &Path {
+            Path::new("/")
+        }
+
+        fn whiteouts(&self) -> Whiteouts {
+            Whiteouts::Overlay
+        }
+
+        fn has_layer(&self, _: &Digest) -> bool {
+            false
+        }
+
+        fn stage(&self, _: &Digest, _: Option<&Digest>) -> Result<Stage, Error> {
+            not_called()
+        }
+
+        fn commit(&self, _: Vec<(Stage, Usage)>) -> Result<Vec<(Digest, Usage)>, Error> {
+            not_called()
+        }
+
+        fn abort(&self, _: Stage) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn layers(&self) -> Result<Vec<(Digest, Usage)>, Error> {
+            not_called()
+        }
+
+        fn layer_dir(&self, _: &Digest) -> Option<PathBuf> {
+            None
+        }
+
+        fn remove_layer(&self, _: &Digest) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn purge(&self) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn prepare(&self, _: &ContainerId, _: &[Digest], _: Owner<'_>) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn mount(
+            &self,
+            _: &ContainerId,
+            _: &[Digest],
+            _: &Path,
+            _: Owner<'_>,
+        ) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn view(&self, _: &[Digest], _: &Path, _: Owner<'_>) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn volumes(&self, _: &ContainerId) -> Result<PathBuf, Error> {
+            not_called()
+        }
+
+        fn unmount(&self, _: &Path) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn snapshots(&self) -> Result<Vec<ContainerId>, Error> {
+            not_called()
+        }
+
+        fn remove(&self, _: &ContainerId) -> Result<(), Error> {
+            not_called()
+        }
+
+        fn clean(&self) -> Result<(), Error> {
+            not_called()
+        }
+    }
+
+    fn id(n: u8) -> ContainerId {
+        ContainerId::from_random([n; 32])
+    }
+
+    fn subjects(fake: &Arc<Fake>, phase: Phase) -> Vec<Subject> {
+        let subject = |n| Subject {
+            id: id(n),
+            snapshotter: Arc::clone(fake) as Arc<dyn Snapshotter>,
+            phase,
+        };
+        (1..=3).map(subject).collect()
+    }
+
+    #[tokio::test]
+    async fn a_huge_tree_keeps_its_number_and_nobody_from_theirs() {
+        let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
+        fake.set(1, Tree::Huge);
+        disks
+            .wait(disks.ask(&subjects(&fake, Phase::Created)))
+            .await;
+        assert_eq!(disks.usage(&id(1)), None);
+        assert!(disks.usage(&id(2)).is_some() && disks.usage(&id(3)).is_some());
+        // It is left alone, and no call waits for it.
+        assert_eq!(disks.ask(&subjects(&fake, Phase::Created)), []);
+        assert_eq!(fake.walks_of(1), 1);
+
+        let measured = async |phase, walks| {
+            disks.ask(&subjects(&fake, phase));
+            let mut measured = disks.measured.subscribe();
+            let done = measured.wait_for(|count| *count >= walks);
+            tokio::time::timeout(Duration::from_secs(60), done)
+                .await
+                .unwrap()
+                .unwrap();
+        };
+        measured(Phase::Running, 6).await;
+        let number = disks.usage(&id(1));
+        assert!(number.is_some());
+        fake.set(1, Tree::Huge);
+        measured(Phase::Ended, 9).await;
+        assert_eq!(fake.walks_of(1), 3);
+        assert_eq!(disks.usage(&id(1)), number, "the one it had");
+    }
+
+    #[tokio::test]
+    async fn a_walk_that_hangs_holds_up_one_call_and_not_for_long() {
+        let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
+        let (go_on, told) = mpsc::channel();
+        fake.set(2, Tree::Hangs(told));
+        let began = Instant::now();
+        disks
+            .wait(disks.ask(&subjects(&fake, Phase::Running)))
+            .await;
+        let took = began.elapsed();
+        assert!(
+            (FIRST..FIRST + Duration::from_secs(10)).contains(&took),
+            "{took:?}"
+        );
+        assert!(disks.usage(&id(1)).is_some());
+        assert_eq!(disks.usage(&id(2)), None);
+        assert_eq!(
+            disks.ask(&subjects(&fake, Phase::Running)),
+            [],
+            "nobody waits again"
+        );
+        go_on.send(()).unwrap();
+        let mut measured = disks.measured.subscribe();
+        let done = measured.wait_for(|count| *count == 3);
+        tokio::time::timeout(Duration::from_secs(60), done)
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(disks.usage(&id(2)).is_some() && disks.usage(&id(3)).is_some());
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_tried_ever_less_often() {
+        let subject = subjects(&Arc::default(), Phase::Running).remove(0);
+        let again = |failures, took| {
+            let huge = Err(Error::new(ErrorKind::ResourceExhausted, "too many"));
+            let now = Instant::now();
+            let known = note(&subject, huge, took, failures, &Arc::default()).unwrap();
+            assert_eq!(
+                (known.usage, known.failures),
+                (None, failures.saturating_add(1))
+            );
+            known.due.unwrap() - now
+        };
+        let quick = Duration::ZERO;
+        let near = |span: Duration, expected| {
+            (expected..expected + Duration::from_secs(30)).contains(&span)
+        };
+        assert!(near(again(0, quick), RETRY));
+        assert!(near(again(2, quick), RETRY * 4));
+        assert!(near(again(u32::MAX, quick), RETRY_MAX));
+        // Nor does it cost a larger share of a CPU than others.
+        let long = Duration::from_secs(100);
+        assert!(near(again(0, long), long * SHARE));
+    }
 }

@@ -30,10 +30,10 @@ use std::time::{Duration, Instant};
 use gantry_types::{ContainerState, PodState, ProcessRef};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-pub use disk::{DiskUsage, FileSystem, device_name};
+pub use disk::{DiskUsage, FileSystem};
 pub use usage::{
     Cpu, Descriptors, Details, Device, DeviceIo, HugePages, Interface, Memory, Pressure, Pressures,
-    Processes, Stall, Usage,
+    Processes, Stall, TaskLimit, Usage,
 };
 
 use crate::pod::{blocking, host_network};

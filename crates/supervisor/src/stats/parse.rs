@@ -4,7 +4,7 @@
 //! Formats: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ of the kernel, accounting/psi.rst,
 //! proc(5). What does not look as they say is passed over: a later kernel adds lines and fields.
 
-use super::usage::{Cpu, Device, DeviceIo, Interface, Memory, Pressure, Stall};
+use super::usage::{Cpu, Device, DeviceIo, Interface, Memory, Pressure, Stall, TaskLimit};
 
 /// Lines of the form `key value`.
 fn keyed(text: &[u8]) -> impl Iterator<Item = (&[u8], u64)> {
@@ -36,6 +36,14 @@ pub fn number(text: &[u8]) -> Option<u64> {
 /// between architectures; nothing real is half as large.
 pub fn limit(text: &[u8]) -> Option<u64> {
     number(text).filter(|&bytes| bytes < 1 << 62)
+}
+
+/// `pids.max`.
+pub fn task_limit(text: &[u8]) -> Option<TaskLimit> {
+    match words(text).next()? {
+        b"max" => Some(TaskLimit::Unlimited),
+        word => number(word).map(TaskLimit::At),
+    }
 }
 
 /// `cpu.stat` of v2.
@@ -322,6 +330,9 @@ mod tests {
             assert_eq!(number(text.as_bytes()), expected, "{text:?}");
         }
         assert_eq!(limit(b"67108864\n"), Some(64 << 20));
+        assert_eq!(task_limit(b"max\n"), Some(TaskLimit::Unlimited));
+        assert_eq!(task_limit(b"0\n"), Some(TaskLimit::At(0)));
+        assert_eq!((task_limit(b""), task_limit(b"many\n")), (None, None));
         assert_eq!(limit(b"9223372036854771712\n"), None, "v1's for none");
         assert_eq!(limit(b"max\n"), None);
     }

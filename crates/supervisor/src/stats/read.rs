@@ -8,15 +8,17 @@
 //! A file that is not there leaves its numbers out: the kernel does not have it, or the cgroup has
 //! gone. What else goes wrong is kept for one line in the log.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use super::disk::device_name;
 use super::parse;
 use super::usage::{
-    Cpu, Descriptors, Details, HugePages, Interface, Memory, Pressures, Processes, Usage,
+    Cpu, Descriptors, Details, Device, HugePages, Interface, Memory, Pressures, Processes, Usage,
 };
 use crate::cgroup::Cgroups;
 use crate::clock::now_ns;
@@ -48,6 +50,8 @@ pub struct Reader<'a> {
     cgroups: &'a Cgroups,
     buffer: Vec<u8>,
     path: PathBuf,
+    /// Names of devices; containers share them.
+    devices: HashMap<Device, String>,
     /// The first file that could not be read though it is there.
     pub trouble: Option<(PathBuf, io::Error)>,
 }
@@ -58,6 +62,7 @@ impl<'a> Reader<'a> {
             cgroups,
             buffer: vec![0; BUFFER],
             path: PathBuf::new(),
+            devices: HashMap::new(),
             trouble: None,
         }
     }
@@ -177,12 +182,19 @@ impl<'a> Reader<'a> {
             false => self.details_v1(dir),
         };
         if let Some(pids) = self.at("pids", dir) {
-            details.max_tasks = self.number(&pids, "pids.max");
+            let limit = self.file(&pids, "pids.max");
+            details.max_tasks = limit.and_then(parse::task_limit);
         }
         if let Some(dir) = self.at("hugetlb", dir) {
             for size in huge_page_sizes() {
                 details.huge_pages.extend(self.huge_pages(&dir, size));
             }
+        }
+        for io in &mut details.io {
+            let Device { major, minor } = io.device;
+            let name = self.devices.entry(io.device);
+            let name = name.or_insert_with(|| device_name(major, minor));
+            io.name.clone_from(name);
         }
         if processes {
             details.processes = self.processes(dir);
@@ -409,6 +421,7 @@ fn descriptors(pids: &[u64]) -> Option<Descriptors> {
 mod tests {
     use super::*;
     use crate::cgroup::Driver;
+    use crate::stats::TaskLimit;
 
     /// A tree of files as one hierarchy of v2, or several of v1.
     struct Fake {
@@ -486,7 +499,9 @@ mod tests {
             (details.memory_high_hits, details.oom_kills),
             (Some(1), Some(3))
         );
-        assert_eq!((details.io.len(), details.max_tasks), (1, None));
+        assert_eq!(details.io.len(), 1);
+        assert_eq!(details.io[0].name, device_name(8, 0));
+        assert_eq!(details.max_tasks, Some(TaskLimit::Unlimited));
         assert_eq!(details.processes.unwrap().count, Some(0));
         assert!(reader.trouble.is_none(), "{:?}", reader.trouble);
         // The limit below what is used, as after an update.
@@ -540,7 +555,8 @@ mod tests {
             (details.max_memory, details.memory_limit_hits),
             (Some(3000), Some(9))
         );
-        assert_eq!((details.oom_kills, details.max_tasks), (Some(1), Some(100)));
+        assert_eq!(details.oom_kills, Some(1));
+        assert_eq!(details.max_tasks, Some(TaskLimit::At(100)));
         assert_eq!((details.io[0].read_bytes, details.io[0].reads), (5, 1));
         assert_eq!(details.processes, None);
         // Without the files that only metrics need.
@@ -558,7 +574,8 @@ mod tests {
             };
             let mut reader = Reader::new(&fake.cgroups);
             assert_eq!(reader.usage(&dir, ALL), None);
-            assert_eq!(reader.details(&dir, true).processes, None);
+            let details = reader.details(&dir, true);
+            assert_eq!((details.processes, details.max_tasks), (None, None));
             assert_eq!(reader.interfaces(-1), None);
             assert!(reader.trouble.is_none());
             // A record of another machine.

@@ -88,7 +88,7 @@ pub struct Stall {
     pub total: u64,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Device {
     pub major: u64,
     pub minor: u64,
@@ -98,6 +98,8 @@ pub struct Device {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceIo {
     pub device: Device,
+    /// As [`super::FileSystem::device`].
+    pub name: String,
     pub read_bytes: u64,
     pub written_bytes: u64,
     pub reads: u64,
@@ -141,9 +143,15 @@ pub struct Details {
     pub kernel_memory: Option<u64>,
     pub io: Vec<DeviceIo>,
     pub huge_pages: Vec<HugePages>,
-    /// `None` is no limit.
-    pub max_tasks: Option<u64>,
+    pub max_tasks: Option<TaskLimit>,
     pub processes: Option<Processes>,
+}
+
+/// How many tasks a cgroup may have (`pids.max`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskLimit {
+    Unlimited,
+    At(u64),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -11,8 +11,7 @@ use gantry_cri_api::v1 as cri;
 use gantry_supervisor::Cgroups;
 use gantry_supervisor::registry::{ContainerView, PodView};
 use gantry_supervisor::stats::{
-    ContainerStats, Details, DeviceIo, DiskUsage, Interface, PodStats, Processes, Usage,
-    device_name,
+    ContainerStats, Details, DeviceIo, DiskUsage, Interface, PodStats, Processes, TaskLimit, Usage,
 };
 use gantry_types::ContainerState;
 use tonic::Status;
@@ -153,11 +152,11 @@ impl Metrics {
         self.put_if(&table::MEMORY_EVENTS_HIGH, details.memory_high_hits);
         self.put_if(&table::OOM_EVENTS, details.oom_kills);
         self.put_if(&table::MEMORY_KERNEL, details.kernel_memory);
-        self.put(
-            &table::THREADS_MAX,
-            &[],
-            details.max_tasks.unwrap_or_default(),
-        );
+        let threads = details.max_tasks.map(|limit| match limit {
+            TaskLimit::Unlimited => 0,
+            TaskLimit::At(tasks) => tasks,
+        });
+        self.put_if(&table::THREADS_MAX, threads);
         for pages in &details.huge_pages {
             self.put(&table::HUGETLB_USAGE, &[&pages.size], pages.usage);
             if let Some(most) = pages.max_usage {
@@ -174,18 +173,18 @@ impl Metrics {
 
     fn io(&mut self, io: &DeviceIo) {
         let (major, minor) = (io.device.major, io.device.minor);
-        let device = device_name(major, minor);
+        let device = &io.name;
         for (metric, value) in [
             (&table::FS_READ_BYTES, io.read_bytes),
             (&table::FS_READS, io.reads),
             (&table::FS_WRITTEN_BYTES, io.written_bytes),
             (&table::FS_WRITES, io.writes),
         ] {
-            self.put(metric, &[&device], value);
+            self.put(metric, &[device], value);
         }
         let (major, minor) = (major.to_string(), minor.to_string());
         for (operation, bytes) in [("Read", io.read_bytes), ("Write", io.written_bytes)] {
-            self.put(&table::BLKIO, &[&device, &major, &minor, operation], bytes);
+            self.put(&table::BLKIO, &[device, &major, &minor, operation], bytes);
         }
     }
 
@@ -432,6 +431,7 @@ mod tests {
             kernel_memory: (!v2).then_some(1),
             io: vec![DeviceIo {
                 device: Device { major: 0, minor: 9 },
+                name: "0:9".to_owned(),
                 ..DeviceIo::default()
             }],
             huge_pages: vec![HugePages {
@@ -439,7 +439,7 @@ mod tests {
                 usage: 1,
                 max_usage: (!v2).then_some(1),
             }],
-            max_tasks: None,
+            max_tasks: Some(TaskLimit::Unlimited),
             processes: Some(Processes {
                 count: Some(1),
                 descriptors: Some(Descriptors::default()),
@@ -476,6 +476,28 @@ mod tests {
     fn names(v2: bool) -> BTreeSet<String> {
         let all = everything(v2).into_iter();
         all.map(|metric| metric.name).collect()
+    }
+
+    #[test]
+    fn a_limit_of_threads_that_is_not_known_is_not_told_as_none() {
+        let told = |max_tasks| {
+            let mut metrics = Metrics {
+                labels: LABELS.map(str::to_owned),
+                metrics: Vec::new(),
+            };
+            let details = Details {
+                max_tasks,
+                ..Details::default()
+            };
+            metrics.details(&details, true);
+            let metrics = metrics.metrics.into_iter();
+            let mut limits = metrics.filter(|one| one.name == table::THREADS_MAX.name);
+            limits.next().and_then(|one| one.value)
+        };
+        let value = |value| Some(cri::UInt64Value { value });
+        assert_eq!(told(None), None);
+        assert_eq!(told(Some(TaskLimit::Unlimited)), value(0));
+        assert_eq!(told(Some(TaskLimit::At(7))), value(7));
     }
 
     #[test]
