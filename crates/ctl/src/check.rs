@@ -7,6 +7,7 @@ use gantry_admin_api::v1::node_client::NodeClient;
 use gantry_admin_api::v1::{CheckRequest, Thing};
 use tonic::transport::Channel;
 
+use crate::table::table;
 use crate::{BAD, MESSAGE_LIMIT, status};
 
 pub async fn run(channel: Channel, repair: bool) -> Result<ExitCode> {
@@ -15,7 +16,7 @@ pub async fn run(channel: Channel, repair: bool) -> Result<ExitCode> {
         .check(CheckRequest { repair })
         .await;
     let things = answer.map_err(status)?.into_inner().things;
-    print!("{}", table(&things));
+    print!("{}", render(&things));
     let orphans = || things.iter().filter(|thing| thing.owner.is_empty());
     let removed = things.iter().filter(|thing| thing.removed).count();
     let done = match repair {
@@ -34,7 +35,7 @@ pub async fn run(channel: Channel, repair: bool) -> Result<ExitCode> {
 }
 
 /// A line each, in columns as wide as they must be.
-fn table(things: &[Thing]) -> String {
+fn render(things: &[Thing]) -> String {
     let row = |thing: &Thing| {
         let owner = match thing.owner.as_str() {
             "" => "-",
@@ -44,31 +45,15 @@ fn table(things: &[Thing]) -> String {
             (true, true) => "removed".to_owned(),
             _ => thing.remark.clone(),
         };
-        [&thing.kind, &thing.name, owner, &remark].map(printable)
+        [
+            thing.kind.clone(),
+            thing.name.clone(),
+            owner.to_owned(),
+            remark,
+        ]
     };
-    let heads = ["KIND", "WHAT", "BELONGS TO", "REMARK"].map(str::to_owned);
-    let rows: Vec<_> = std::iter::once(heads)
-        .chain(things.iter().map(row))
-        .collect();
-    let width = |column: usize| {
-        let widths = rows.iter().map(|row| row[column].chars().count());
-        widths.max().unwrap_or_default()
-    };
-    let widths = [width(0), width(1), width(2)];
-    let mut text = String::new();
-    for [kind, what, owner, remark] in &rows {
-        let [a, b, c] = widths;
-        let line = format!("{kind:<a$}  {what:<b$}  {owner:<c$}  {remark}");
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
-    text
-}
-
-/// Names of processes are whatever these say, and the terminal is root's.
-fn printable(text: &str) -> String {
-    let shown = |c: char| if c.is_control() { '\u{fffd}' } else { c };
-    text.chars().map(shown).collect()
+    let rows: Vec<_> = things.iter().map(row).collect();
+    table(["KIND", "WHAT", "BELONGS TO", "REMARK"], &rows)
 }
 
 #[cfg(test)]
@@ -97,6 +82,6 @@ netns  /b/c     -
 netns  /d       -           removed
 netns  7\u{fffd}[2J\u{fffd}x  pod 2
 ";
-        assert_eq!(table(&things), expected);
+        assert_eq!(render(&things), expected);
     }
 }

@@ -5,6 +5,7 @@ mod image;
 mod progress;
 mod state;
 mod table;
+mod top;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +52,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what pods and containers use: CPU in cores, working set, processes, what they have
+    /// written, and what their network moves
+    Top(top::Options),
 }
 
 /// What a listing may take: thousands of images, or pods.
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
             Command::Image(command) => image::run(command, channel).await,
             Command::Check { repair } => check::run(channel, repair).await,
             Command::State { json } => state::run(channel, json).await,
+            Command::Top(options) => top::run(options, channel).await,
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

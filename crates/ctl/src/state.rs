@@ -216,7 +216,7 @@ mod tests {
             SHOWN + 1
         ];
         let state = json!({
-            "version": "1.0", "pid": 7, "uptime": 90_000, "ready": true, "config": [],
+            "version": "1.0", "pid": 7, "uptime": 180_000, "ready": true, "config": [],
             "pods": { "ready": 2 }, "podsBeingMade": 1, "containers": {}, "images": 3,
             "shims": { "adoptions": 1, "lost": 0, "missedDeadlines": 0, "killed": 0 },
             "store": { "flushes": 5, "failedFlushes": 0, "waitingWriters": 0, "flushAge": 1.25 },
@@ -224,7 +224,7 @@ mod tests {
         });
         let text = render(&state);
         for line in [
-            "gantryd     1.0, pid 7, up 1d01h, ready",
+            "gantryd     1.0, pid 7, up 2d02h, ready",
             "config      defaults",
             "pods        2 ready, 1 being made",
             "containers  0",

@@ -38,6 +38,7 @@ mod streaming;
 mod streaming_ends;
 mod streaming_tls;
 mod systemd;
+mod top;
 mod traces;
 mod upgrade;
 mod userns;
