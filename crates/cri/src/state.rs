@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use gantry_supervisor::Supervisor;
+use gantry_supervisor::activity::UnderWay;
 use gantry_supervisor::registry::{DriverView, PodView};
 use gantry_types::{ContainerState, PodState};
 use serde_json::{Value, json};
@@ -108,8 +109,7 @@ impl State {
     fn stuck(&self, drivers: &[DriverView]) -> Vec<String> {
         let mut stuck = Vec::new();
         for step in self.supervisor.activity().under_way() {
-            // As long as its grace.
-            if step.age >= STUCK && step.what != "stop container" {
+            if is_stuck(&step) {
                 let of = match step.of.container.as_str() {
                     "" => format!("pod {}", step.of.pod),
                     id => format!("pod {} container {id}", step.of.pod),
@@ -133,6 +133,11 @@ impl State {
         }
         stuck
     }
+}
+
+/// Whether a step has taken longer than it should: a stop may take as long as its grace.
+fn is_stuck(step: &UnderWay) -> bool {
+    step.age >= step.may_last.map_or(STUCK, |last| last.max(STUCK))
 }
 
 fn seconds(duration: Duration) -> f64 {
@@ -193,4 +198,29 @@ fn driver(driver: &DriverView) -> Value {
         "handling": driver.handling.map(seconds),
         "busy": busy.collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stop_is_stuck_when_its_grace_and_the_kill_are_over() {
+        let step = |what, age, may_last: Option<u64>| UnderWay {
+            what,
+            of: gantry_supervisor::activity::Of::default(),
+            age: Duration::from_secs(age),
+            may_last: may_last.map(Duration::from_secs),
+        };
+        for (step, stuck) in [
+            (step("network ADD", 9, None), false),
+            (step("network ADD", 10, None), true),
+            (step("stop container", 600, Some(610)), false),
+            (step("stop container", 610, Some(610)), true),
+            // Without a grace nothing is stuck before its time.
+            (step("stop container", 9, Some(0)), false),
+        ] {
+            assert_eq!(is_stuck(&step), stuck, "{step:?}");
+        }
+    }
 }

@@ -42,9 +42,9 @@ pub fn invalid(field: &str, reason: impl std::fmt::Display) -> Status {
     Status::invalid_argument(format!("{field}: {reason}"))
 }
 
-/// A call that is routed and not served yet.
+/// A call that is routed and refused, whoever makes it.
 pub fn unimplemented(call: &str, why: &str) -> Status {
-    Status::unimplemented(format!("{call} is not served yet: {why}"))
+    Status::unimplemented(format!("{call} is refused: {why}"))
 }
 
 #[cfg(test)]

@@ -574,7 +574,19 @@ impl Config {
         }
         self.images.check()?;
         self.streaming.check()?;
-        self.metrics.address()?;
+        if let Some(MetricsAddress::Unix(path)) = self.metrics.address()? {
+            let others = [
+                ("socket", Some(&self.socket)),
+                ("cadvisor.socket", self.cadvisor.socket()),
+            ];
+            // As paths: "/run//s" is "/run/s".
+            let same = |other: Option<&PathBuf>| other.is_some_and(|other| *other == path);
+            if let Some((other, _)) = others.into_iter().find(|(_, other)| same(*other)) {
+                let reason = format!("is that of {other}");
+                let key = "metrics.address";
+                return Err(Error::Invalid { key, reason });
+            }
+        }
         self.tracing.check()?;
         let images = &self.images;
         let other = SnapshotterName::ALL
@@ -1018,6 +1030,14 @@ mod tests {
             (
                 "socket = '/s'\n[cadvisor]\nsocket = '/s'",
                 "cadvisor.socket",
+            ),
+            (
+                "socket = '/s'\n[metrics]\naddress = '//s'",
+                "metrics.address",
+            ),
+            (
+                "[cadvisor]\nsocket = '/s'\n[metrics]\naddress = '/s'",
+                "metrics.address",
             ),
             (
                 "[streaming]\ntls = 'files'\nkey = '/k'",

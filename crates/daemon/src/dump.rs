@@ -79,16 +79,17 @@ fn write(dir: &Path, state: Option<&State>) -> io::Result<PathBuf> {
         return Ok(path);
     };
     let state = state.read();
+    let mut shown = render(&state);
+    if shown.len() > LONGEST {
+        let end = shown.floor_char_boundary(LONGEST);
+        shown.truncate(end);
+        shown.push_str("\n(cut off)\n");
+    }
+    file.write_all(shown.as_bytes())?;
+    // The log may be what hangs: a pipe that nobody reads.
     for stuck in entries(&state, "stuck").take(LOGGED) {
         tracing::warn!(stuck = text(stuck), "SIGUSR1");
     }
-    let mut text = render(&state);
-    if text.len() > LONGEST {
-        let end = text.floor_char_boundary(LONGEST);
-        text.truncate(end);
-        text.push_str("\n(cut off)\n");
-    }
-    file.write_all(text.as_bytes())?;
     Ok(path)
 }
 

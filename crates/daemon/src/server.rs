@@ -27,6 +27,7 @@ use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Code;
 use tonic::transport::Server;
@@ -66,13 +67,16 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     // Before the store: a second daemon must be told so by the socket's owner, and a kubelet that
     // comes early is told to wait.
     let listener = socket::listen(&config.socket)
+        .await
         .with_context(|| format!("listen on {}", config.socket.display()))?;
-    let cadvisor = config.cadvisor.socket();
-    let cadvisor = cadvisor.map(|path| {
-        socket::listen(path)
-            .with_context(|| format!("cadvisor.socket: listen on {}", path.display()))
-    });
-    let cadvisor = cadvisor.transpose()?;
+    let cadvisor = match config.cadvisor.socket() {
+        Some(path) => Some(
+            socket::listen(path)
+                .await
+                .with_context(|| format!("cadvisor.socket: listen on {}", path.display()))?,
+        ),
+        None => None,
+    };
     let gate = Gate::default();
 
     let store_dir = config.root.join("store");
@@ -109,7 +113,7 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
 
     let calls = Calls::default();
     let sent = traces.as_ref().map(Traces::counts);
-    let rpcs = metrics(&config, &supervisor, &calls, &gate, sent)?;
+    let (rpcs, endpoint) = metrics(&config, &supervisor, &calls, &gate, sent)?.unzip();
     let of_calls = traces.map(|traces| {
         tokio::spawn(traces.send());
         OfCalls::default()
@@ -210,6 +214,11 @@ pub async fn run(config: Config, traces: Option<Traces>) -> Result<()> {
     let kill = Duration::from_secs(1);
     streaming.shutdown(grace.min(SHUTDOWN_LIMIT) + kill).await;
     // The next daemon need not tell a stale socket from a live one.
+    if let Some(endpoint) = endpoint {
+        endpoint.abort();
+        // It ends when its socket has been removed.
+        let _ = endpoint.await;
+    }
     for socket in std::iter::once(&config.socket).chain(config.cadvisor.socket()) {
         if let Err(error) = std::fs::remove_file(socket) {
             tracing::warn!(path = %socket.display(), %error, "socket not removed");
@@ -239,14 +248,15 @@ async fn told(mut stopped: watch::Receiver<()>) {
     while stopped.changed().await.is_ok() {}
 }
 
-/// Begins to serve metrics, if that is configured, and returns who counts calls for them.
+/// Begins to serve metrics, if that is configured, and returns who counts calls for them and who
+/// serves.
 fn metrics(
     config: &Config,
     supervisor: &Supervisor,
     calls: &Calls,
     gate: &Gate,
     spans: Option<Arc<Counts>>,
-) -> Result<Option<Rpcs>> {
+) -> Result<Option<(Rpcs, JoinHandle<()>)>> {
     let Some(address) = config.metrics.address()? else {
         return Ok(None);
     };
@@ -258,8 +268,8 @@ fn metrics(
         gate.clone(),
         spans,
     );
-    tokio::spawn(metrics::serve(address, metrics));
-    Ok(Some(rpcs))
+    let endpoint = tokio::spawn(metrics::serve(address, metrics));
+    Ok(Some((rpcs, endpoint)))
 }
 
 /// Who is told of calls, as configured.

@@ -10,11 +10,19 @@ use tokio::net::UnixListener;
 
 /// Listens at `path`. A socket that nobody listens on is what a killed daemon left and is
 /// replaced; anything else in the way is an error.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    listen_within(path, PATIENCE)
+pub async fn listen(path: &Path) -> io::Result<UnixListener> {
+    listen_within(path, PATIENCE).await
 }
 
-fn listen_within(path: &Path, patience: Duration) -> io::Result<UnixListener> {
+async fn listen_within(path: &Path, patience: Duration) -> io::Result<UnixListener> {
+    let path = path.to_owned();
+    // It may wait, which keeps a worker from everything else.
+    let bound = tokio::task::spawn_blocking(move || bind(&path, patience));
+    UnixListener::from_std(bound.await.map_err(io::Error::other)??)
+}
+
+/// Blocks.
+fn bind(path: &Path, patience: Duration) -> io::Result<std::os::unix::net::UnixListener> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
@@ -29,7 +37,9 @@ fn listen_within(path: &Path, patience: Duration) -> io::Result<UnixListener> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let listener = UnixListener::bind(path)?;
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    // As tokio wants it.
+    listener.set_nonblocking(true)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     Ok(listener)
 }
@@ -70,14 +80,17 @@ mod tests {
     async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/gantry.sock");
-        let first = listen(&path).unwrap();
-        assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let first = listen(&path).await.unwrap();
+        assert_eq!(
+            listen(&path).await.unwrap_err().kind(),
+            io::ErrorKind::AddrInUse
+        );
         // What a killed daemon left may hold it for a moment longer.
         let late = std::thread::spawn(move || {
             std::thread::sleep(PATIENCE / 10);
             drop(first);
         });
-        let again = listen_within(&path, PATIENCE * 20).unwrap();
+        let again = listen_within(&path, PATIENCE * 20).await.unwrap();
         late.join().unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o660);
@@ -85,7 +98,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "a file").unwrap();
         assert_eq!(
-            listen(&path).unwrap_err().kind(),
+            listen(&path).await.unwrap_err().kind(),
             io::ErrorKind::AlreadyExists
         );
     }

@@ -56,6 +56,8 @@ pub struct UnderWay {
     pub what: &'static str,
     pub of: Of,
     pub age: Duration,
+    /// How long it may last in all, where that is more or less than steps commonly take.
+    pub may_last: Option<Duration>,
 }
 
 /// The times of one kind of step.
@@ -98,7 +100,15 @@ pub struct Activity {
 #[derive(Debug, Default)]
 struct Steps {
     next: u64,
-    under_way: BTreeMap<u64, (&'static str, Of, Instant)>,
+    under_way: BTreeMap<u64, Listed>,
+}
+
+#[derive(Debug)]
+struct Listed {
+    what: &'static str,
+    of: Of,
+    began: Instant,
+    may_last: Option<Duration>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -136,7 +146,13 @@ impl Activity {
         let mut steps = lock(&self.steps);
         let number = steps.next;
         steps.next += 1;
-        steps.under_way.insert(number, (what, of, began));
+        let listed = Listed {
+            what,
+            of,
+            began,
+            may_last: None,
+        };
+        steps.under_way.insert(number, listed);
         drop(steps);
         Step {
             activity: Arc::clone(self),
@@ -167,10 +183,11 @@ impl Activity {
         let now = Instant::now();
         let under_way = steps.under_way.values();
         let mut list: Vec<_> = under_way
-            .map(|(what, of, began)| UnderWay {
-                what,
-                of: of.clone(),
-                age: now.saturating_duration_since(*began),
+            .map(|step| UnderWay {
+                what: step.what,
+                of: step.of.clone(),
+                age: now.saturating_duration_since(step.began),
+                may_last: step.may_last,
             })
             .collect();
         drop(steps);
@@ -215,6 +232,14 @@ pub(crate) struct Step {
 }
 
 impl Step {
+    /// It is no surprise if the step lasts until then. What was said before is forgotten.
+    pub(crate) fn may_last_until(&self, end: Instant) {
+        let may_last = end.saturating_duration_since(self.began);
+        if let Some(listed) = lock(&self.activity.steps).under_way.get_mut(&self.number) {
+            listed.may_last = Some(may_last);
+        }
+    }
+
     pub(crate) fn end(mut self, ok: bool) {
         self.ok = ok;
     }
@@ -252,6 +277,13 @@ mod tests {
         );
         assert_eq!(listed[0].of.handler.as_deref(), Some("runc"));
         assert!(listed[0].age >= Duration::from_millis(2));
+        assert_eq!((listed[0].may_last, listed[1].may_last), (None, None));
+        let began = second.began;
+        for minutes in [2, 1] {
+            let last = Duration::from_secs(60 * minutes);
+            second.may_last_until(began + last);
+            assert_eq!(activity.under_way()[1].may_last, Some(last));
+        }
         first.end(true);
         // Cut short.
         drop(second);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A request's answer: status and body.
 pub fn ask(stream: &mut (impl Read + Write), request: &str) -> (u16, String) {
@@ -23,7 +23,15 @@ pub fn get(path: &str) -> String {
 
 /// Scrapes a unix socket.
 pub fn scrape(socket: &Path) -> Samples {
-    let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("metrics socket");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut stream = loop {
+        // It is bound beside everything else: a daemon may be ready for a moment without it.
+        match std::os::unix::net::UnixStream::connect(socket) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "metrics socket: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
     stream
         .set_read_timeout(Some(Duration::from_secs(30)))
         .expect("limit");

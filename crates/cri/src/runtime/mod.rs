@@ -293,7 +293,7 @@ impl RuntimeService for Runtime {
     ) -> Answer<cri::CheckpointContainerResponse> {
         Err(unimplemented(
             "CheckpointContainer",
-            "restoring archives of others is not safe",
+            "an archive from elsewhere cannot be restored safely",
         ))
     }
 

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +43,21 @@ const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener),
+    Unix {
+        listener: UnixListener,
+        _path: Removed,
+    },
+}
+
+/// A socket's path, removed in the end: of one that we listen on, never of another's.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "socket not removed");
+        }
+    }
 }
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -52,7 +67,11 @@ impl Listener {
     async fn bind(address: &MetricsAddress) -> std::io::Result<Self> {
         match address {
             MetricsAddress::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
-            MetricsAddress::Unix(path) => socket::listen(path).map(Self::Unix),
+            MetricsAddress::Unix(path) => {
+                let listener = socket::listen(path).await?;
+                let _path = Removed(path.clone());
+                Ok(Self::Unix { listener, _path })
+            }
         }
     }
 
@@ -62,12 +81,12 @@ impl Listener {
                 let (stream, _): (_, SocketAddr) = listener.accept().await?;
                 Box::new(stream)
             }
-            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix { listener, .. } => Box::new(listener.accept().await?.0),
         })
     }
 }
 
-/// Serves for ever. An address that cannot be had is no reason not to supervise: it is tried again.
+/// Serves until it is aborted, which removes its socket. An address that cannot be had is no reason not to supervise: it is tried again.
 pub async fn serve(address: MetricsAddress, metrics: Arc<Metrics>) {
     let mut told = false;
     let listener = loop {

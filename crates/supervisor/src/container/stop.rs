@@ -89,7 +89,11 @@ impl Driver {
             return;
         };
         let begin = || activity.begin("stop container", of);
-        wish.step.get_or_insert_with(begin);
+        let step = wish.step.get_or_insert_with(begin);
+        // After its grace the first SIGKILL has this long. A grace may have no end that a clock has.
+        if let Some(end) = wish.deadline.checked_add(kill_limit) {
+            step.may_last_until(end.into_std());
+        }
         let due = now >= wish.deadline;
         match wish.stage {
             Stage::CgroupKill => {}

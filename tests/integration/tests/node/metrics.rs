@@ -108,6 +108,14 @@ fn metrics_tell_what_has_happened() {
         })
         .await;
         assert_eq!(samples.of("gantry_containers{state=exited}"), 1.0);
+
+        assert!(node.daemon.terminate().unwrap().success());
+        assert!(!socket.exists(), "it would be stale");
+        node.start_again(&[]).await;
+        until(&socket, "metrics are served", |samples| {
+            samples.get("gantry_ready") == Some(1.0)
+        })
+        .await;
     });
 }
 
@@ -234,8 +242,11 @@ fn metrics_are_served_during_recovery() {
         std::fs::write(node.daemon.path("conf.d/20-metrics.toml"), config).unwrap();
         let pod = node.host_pod("p").await;
         node.daemon.kill().unwrap();
-        // Its first call of the shim waits.
-        let held = [("FAILPOINTS", "shim::before-call=1*sleep(4000)")];
+        // Its first call of the shim waits, and a worker with it, until that daemon is killed.
+        let held = [
+            ("FAILPOINTS", "shim::before-call=1*sleep(600000)"),
+            ("TOKIO_WORKER_THREADS", "4"),
+        ];
         node.daemon.set_env(&held);
         node.daemon.spawn().unwrap();
         let ready = |socket: &Path| {
@@ -245,7 +256,7 @@ fn metrics_are_served_during_recovery() {
         };
         let first = eventually("metrics are served", async || ready(&socket)).await;
         assert_eq!(first, 0.0, "while the pod is recovered");
-        node.daemon.ready().await.unwrap();
+        node.kill_without_failpoints().await;
         eventually("it says so", async || {
             (ready(&socket) == Some(1.0)).then_some(())
         })

@@ -151,6 +151,9 @@ fn a_dump_names_what_hangs_and_for_how_long() {
                 return None;
             }
             assert_eq!(code, 2);
+            // Its grace is not over.
+            let stop = |line: &Value| line.as_str().unwrap().starts_with("stop container");
+            assert!(!stuck.iter().any(stop), "{stuck:?}");
             let age = hangs(&seen)?["age"].as_f64().unwrap();
             Some((age, began.elapsed().as_secs_f64()))
         })
