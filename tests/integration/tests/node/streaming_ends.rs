@@ -111,7 +111,7 @@ fn commands_end_with_a_daemon_that_is_killed() {
 fn a_grace_that_outlasts_the_daemon_is_kept_by_the_shim() {
     const NAME: &str = "a_grace_that_outlasts_the_daemon_is_kept_by_the_shim";
     // So long that a daemon whose end is slow is gone before it would see to them itself.
-    let options = Options::default().config("[timeouts]\nexec_grace_seconds = 25\n");
+    let options = Options::default().config("[timeouts]\nexec_grace_seconds = 20\n");
     on_node(NAME, options, async |node| {
         let (id, processes) = idle(node, "outlasts").await;
         let sockets = stubborn(node, &id).await;
