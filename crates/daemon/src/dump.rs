@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use gantry_cri::State;
+use gantry_sys::process::Stat;
 use serde_json::Value;
 use signal_hook::consts::SIGUSR1;
 use signal_hook::iterator::Signals;
@@ -118,13 +119,11 @@ fn threads() -> io::Result<String> {
     for task in std::fs::read_dir("/proc/self/task")? {
         let task = task?.path();
         let read = |name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
-        let stat = read("stat");
-        let state = stat
-            .rsplit_once(')')
-            .map_or("", |(_, rest)| rest.trim_start());
-        let state = state.chars().next().unwrap_or('?');
-        let (comm, wait) = (read("comm"), read("wchan"));
         let id = task.file_name().unwrap_or_default().to_string_lossy();
+        let stat = id.parse().ok().and_then(|id| Stat::read(id).ok());
+        // Without one it has ended since it was listed.
+        let state = stat.map_or('?', |thread| thread.state.into());
+        let (comm, wait) = (read("comm"), read("wchan"));
         let name = printable(comm.trim_end());
         // Formatting into memory cannot fail.
         let _ = writeln!(text, "  {id} {state} {name} {}", printable(&wait));

@@ -25,6 +25,7 @@ use std::time::Duration;
 use gantry_cri_api::v1::runtime_service_client::RuntimeServiceClient;
 use gantry_cri_api::v1::{ListPodSandboxRequest, PodSandboxFilter};
 use gantry_supervisor::Supervisor;
+use gantry_sys::process::Stat;
 use hyper_util::rt::TokioIo;
 use sd_notify::NotifyState;
 use tokio::sync::oneshot;
@@ -241,11 +242,8 @@ fn waits_for_disk() -> bool {
     let Ok(tasks) = std::fs::read_dir("/proc/self/task") else {
         return false;
     };
-    let states = tasks.filter_map(|task| {
-        let stat = std::fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
-        stat.rsplit_once(')')?.1.trim_start().chars().next()
-    });
-    states.into_iter().any(|state| state == 'D')
+    let mut ids = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
+    ids.any(|id| Stat::read(id).is_ok_and(|thread| thread.state == b'D'))
 }
 
 /// Asks systemd for more time for as long as recovery makes progress. Never ends.

@@ -20,7 +20,7 @@ pub struct Stat {
 }
 
 impl Stat {
-    /// Reads the entry of `pid`; no such process is `NotFound`.
+    /// Reads the entry of `pid`, which may be a thread's id; no such process is `NotFound`.
     pub fn read(pid: i32) -> io::Result<Self> {
         let text = match std::fs::read(format!("/proc/{pid}/stat")) {
             // The process ended between open and read (proc(5)).

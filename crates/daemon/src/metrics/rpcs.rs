@@ -53,9 +53,11 @@ impl Observer for Rpcs {
     fn observe(&self, path: &str, code: Code, elapsed: Duration) {
         let (service, method) = methods::labels(path);
         let labels = [("service", service), ("method", method)];
-        self.took
-            .get_or_create(&labels)
-            .observe(elapsed.as_secs_f64());
+        // How long a client listens for events is its own affair, and would be the sum's greatest part.
+        if method != "GetContainerEvents" {
+            let took = self.took.get_or_create(&labels);
+            took.observe(elapsed.as_secs_f64());
+        }
         let [service, method] = labels;
         let labels = [service, method, ("code", name(code))];
         self.ended.get_or_create(&labels).inc();
@@ -82,5 +84,30 @@ fn name(code: Code) -> &'static str {
         Code::Unavailable => "Unavailable",
         Code::DataLoss => "DataLoss",
         Code::Unauthenticated => "Unauthenticated",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_listens_for_events_is_counted_and_not_timed() {
+        let rpcs = Rpcs::default();
+        let mut registry = Registry::default();
+        rpcs.register(&mut registry);
+        for method in ["Version", "GetContainerEvents"] {
+            let path = format!("/runtime.v1.RuntimeService/{method}");
+            rpcs.observe(&path, Code::Cancelled, Duration::from_secs(86_400));
+        }
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let lines = |name: &str, method: &str| {
+            let of = |line: &&str| line.starts_with(name) && line.contains(method);
+            text.lines().filter(of).count()
+        };
+        assert_eq!(lines("rpcs_total", "GetContainerEvents"), 1, "{text}");
+        assert_eq!(lines("rpc_duration_seconds_sum", "Version"), 1, "{text}");
+        assert_eq!(lines("rpc_duration", "GetContainerEvents"), 0, "{text}");
     }
 }
