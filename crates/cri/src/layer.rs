@@ -52,8 +52,13 @@ impl Observer for () {
     fn observe(&self, _path: &str, _code: Code, _elapsed: Duration) {}
 }
 
-/// Answered during recovery too: it says how far that is.
-const STATE: &str = "/gantry.admin.v1.Node/State";
+/// Answered during recovery too.
+const ALWAYS: [&str; 2] = [
+    // It says how far that is.
+    "/gantry.admin.v1.Node/State",
+    // A kubelet asks once in its life, and has no metrics of pods if it is refused.
+    "/runtime.v1.RuntimeService/ListMetricDescriptors",
+];
 
 #[derive(Clone)]
 pub struct RpcLayer {
@@ -128,7 +133,7 @@ where
             .calls
             .begin(id, path.trim_start_matches('/'), began.into_std());
         let tag = listed.tag();
-        let open = layer.gate.is_open() || path == STATE;
+        let open = layer.gate.is_open() || ALWAYS.contains(&path);
         let end = End {
             observer: Arc::clone(&layer.observer),
             path: path.to_owned(),
@@ -371,13 +376,24 @@ mod tests {
     }
 
     async fn call(gate: &Gate, seen: &Arc<Seen>, limit: Option<&str>, work: Duration) -> Code {
+        let path = "/runtime.v1.RuntimeService/Version";
+        call_to(path, gate, seen, limit, work).await
+    }
+
+    async fn call_to(
+        path: &str,
+        gate: &Gate,
+        seen: &Arc<Seen>,
+        limit: Option<&str>,
+        work: Duration,
+    ) -> Code {
         let inner = tower::service_fn(move |_: Request<()>| async move {
             tokio::time::sleep(work).await;
             Ok::<_, std::convert::Infallible>(Response::new(Body::default()))
         });
         let observer: Arc<dyn Observer> = Arc::<Seen>::clone(seen);
         let service = RpcLayer::new(gate.clone(), observer, Calls::default()).layer(inner);
-        let mut request = Request::builder().uri("/runtime.v1.RuntimeService/Version");
+        let mut request = Request::builder().uri(path);
         if let Some(limit) = limit {
             request = request.header("grpc-timeout", limit);
         }
@@ -401,6 +417,19 @@ mod tests {
         assert_eq!(code_of(&response), Code::DeadlineExceeded);
         // The clock stands until a timer moves it, by a millisecond at most where one is rounded.
         assert!(began.elapsed() <= Duration::from_millis(1));
+    }
+
+    #[tokio::test]
+    async fn what_a_kubelet_asks_once_is_answered_during_recovery() {
+        let (gate, seen) = (Gate::default(), Arc::new(Seen::default()));
+        for (method, code) in [
+            ("ListMetricDescriptors", Code::Ok),
+            ("ListPodSandboxMetrics", Code::Unavailable),
+        ] {
+            let path = format!("/runtime.v1.RuntimeService/{method}");
+            let answer = call_to(&path, &gate, &seen, None, Duration::ZERO).await;
+            assert_eq!(answer, code, "{method}");
+        }
     }
 
     #[tokio::test]

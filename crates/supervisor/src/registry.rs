@@ -300,6 +300,19 @@ impl Registry {
         }
     }
 
+    /// Whether there is a later sandbox of the same pod.
+    pub fn is_superseded(&self, sandbox: &PodView) -> bool {
+        let created = |view: &PodView| view.facts.record.created_at;
+        let pod = |view: &PodView| {
+            let name = PodName::from(view.facts.config.metadata.as_ref()?);
+            Some((name.uid, name.namespace, name.name))
+        };
+        let (of, since) = (pod(sandbox), created(sandbox));
+        let maps = self.read();
+        let mut views = maps.pods.values().filter_map(|entry| entry.view.as_deref());
+        views.any(|view| created(view) > since && pod(view) == of)
+    }
+
     /// What happens from now on, and what nobody has heard of yet.
     pub fn subscribe(&self) -> Result<Subscription, Error> {
         let maps = self.read();

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 
 use gantry_cri_api::v1 as cri;
-use gantry_images::Images;
+use gantry_supervisor::Supervisor;
 use gantry_supervisor::events::{Event, EventKind};
 use tokio_stream::Stream;
 use tonic::Status;
@@ -17,14 +17,14 @@ pub type Events = Pin<Box<dyn Stream<Item = Result<cri::ContainerEventResponse, 
 impl Runtime {
     pub(super) fn container_events(&self) -> Result<Events, Status> {
         let subscription = self.supervisor.registry().subscribe().map_err(status)?;
-        let images = self.supervisor.images().clone();
+        let supervisor = self.supervisor.clone();
         let events = futures::stream::unfold(Some(subscription), move |subscription| {
-            let images = images.clone();
+            let supervisor = supervisor.clone();
             async move {
                 // Whoever was told of the end is told nothing more.
                 let mut subscription = subscription?;
                 Some(match subscription.next().await {
-                    Ok(event) => (Ok(response(&event, &images)), Some(subscription)),
+                    Ok(event) => (Ok(response(&event, &supervisor)), Some(subscription)),
                     Err(ended) => (Err(status(ended)), None),
                 })
             }
@@ -33,9 +33,10 @@ impl Runtime {
     }
 }
 
-/// The kubelet drops an event without the pod's status, and takes the statuses of all of the pod's
-/// containers from it.
-fn response(event: &Event, images: &Images) -> cri::ContainerEventResponse {
+/// The kubelet takes the statuses of the pod and all of its containers from an event, and passes over
+/// one without the pod's. A sandbox that another has followed is told of without: it would hide the
+/// one that runs, and its removal would be taken for that of the pod.
+fn response(event: &Event, supervisor: &Supervisor) -> cri::ContainerEventResponse {
     let kind = match event.kind {
         EventKind::Created => cri::ContainerEventType::ContainerCreatedEvent,
         EventKind::Started => cri::ContainerEventType::ContainerStartedEvent,
@@ -46,7 +47,8 @@ fn response(event: &Event, images: &Images) -> cri::ContainerEventResponse {
         container_id: event.id.clone(),
         container_event_type: kind.into(),
         created_at: event.at,
-        pod_sandbox_status: Some(convert::pod_status(&event.pod)),
-        containers_statuses: convert::container_statuses(&event.pod, images),
+        pod_sandbox_status: (!supervisor.registry().is_superseded(&event.pod))
+            .then(|| convert::pod_status(&event.pod)),
+        containers_statuses: convert::container_statuses(&event.pod, supervisor.images()),
     }
 }

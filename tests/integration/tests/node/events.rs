@@ -110,6 +110,42 @@ fn a_life_is_told_in_order_with_final_statuses() {
 }
 
 #[test]
+fn a_sandbox_that_another_has_followed_is_not_told_as_the_pod() {
+    let name = "a_sandbox_that_another_has_followed_is_not_told_as_the_pod";
+    on_plain_node(name, async |node| {
+        let image = node.busybox().await;
+        let first = node.pod("p").await;
+        let container = node.run_script(&first, "c", &image, "exit 7").await;
+        node.exited(&container).await;
+        node.client.stop_pod(&first.id).await.unwrap();
+        let mut next = node.pod_config("p");
+        next.metadata.as_mut().unwrap().attempt = 1;
+        let next = node.run_pod(&next).await;
+        let mut events = Events::of(node).await;
+        node.client.remove(&container).await.unwrap();
+        node.client.remove_pod(&first.id).await.unwrap();
+        node.client.stop_pod(&next.id).await.unwrap();
+        node.client.remove_pod(&next.id).await.unwrap();
+        let (deleted, stopped) = (Kind::ContainerDeletedEvent, Kind::ContainerStoppedEvent);
+        for (id, kind, told) in [
+            (&container, deleted, false),
+            (&first.id, deleted, false),
+            (&next.id, stopped, true),
+            (&next.id, deleted, true),
+        ] {
+            // Those of before are told to the first who comes.
+            let event = loop {
+                let event = events.next().await;
+                if (&event.container_id, event.container_event_type()) == (id, kind) {
+                    break event;
+                }
+            };
+            assert_eq!(event.pod_sandbox_status.is_some(), told, "{event:?}");
+        }
+    });
+}
+
+#[test]
 fn what_happened_without_a_daemon_is_told_by_the_next() {
     let name = "what_happened_without_a_daemon_is_told_by_the_next";
     on_plain_node(name, async |node| {
