@@ -9,6 +9,7 @@ mod top;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -63,6 +64,20 @@ const MESSAGE_LIMIT: usize = 64 << 20;
 /// What is exited with when something is bad: not the 1 of what could not be done.
 const BAD: u8 = 2;
 
+/// How long a gantryd that is well may take for what it has in memory.
+const PROMPTLY: Duration = Duration::from_secs(10);
+
+/// An answer that needs neither a disk nor a pod, or the word that gantryd hangs: its socket takes
+/// connections all the same.
+async fn promptly<T>(answer: impl Future<Output = T>) -> Result<T> {
+    let answer = tokio::time::timeout(PROMPTLY, answer).await;
+    answer.with_context(|| {
+        format!(
+            "gantryd does not answer within {PROMPTLY:?}; SIGUSR1 makes it write down what hangs"
+        )
+    })
+}
+
 /// The daemon's message is the error; its code adds nothing for people.
 fn status(status: tonic::Status) -> anyhow::Error {
     match status.message() {
@@ -75,7 +90,7 @@ fn status(status: tonic::Status) -> anyhow::Error {
 fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = async {
-        let channel = connect(&args.socket).await?;
+        let channel = promptly(connect(&args.socket)).await??;
         match args.command {
             Command::Image(command) => image::run(command, channel).await,
             Command::Check { repair } => check::run(channel, repair).await,

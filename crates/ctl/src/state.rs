@@ -10,16 +10,14 @@ use serde_json::Value;
 use tonic::transport::Channel;
 
 use crate::table::{printable, table};
-use crate::{BAD, MESSAGE_LIMIT, status};
+use crate::{BAD, MESSAGE_LIMIT, promptly, status};
 
 /// Entries of a list that people are shown; the rest is counted.
 const SHOWN: usize = 50;
 
 pub async fn run(channel: Channel, json: bool) -> Result<ExitCode> {
-    let answer = NodeClient::new(channel)
-        .max_decoding_message_size(MESSAGE_LIMIT)
-        .state(StateRequest {})
-        .await;
+    let mut client = NodeClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
+    let answer = promptly(client.state(StateRequest {})).await?;
     let text = answer.map_err(status)?.into_inner().json;
     let state: Value = serde_json::from_str(&text).context("gantryd's answer")?;
     if json {

@@ -57,7 +57,11 @@ pub async fn run(options: Options, channel: Channel) -> Result<ExitCode> {
         (None, false) => 1,
     };
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
-    let mut before = sample(&mut client).await?;
+    // A gantryd that hangs is waited for, but not against anybody's will.
+    let mut before = tokio::select! {
+        first = sample(&mut client) => first?,
+        _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
+    };
     while left > 0 {
         let frame = async {
             tokio::time::sleep(Duration::from_secs(options.interval)).await;

@@ -57,6 +57,33 @@ fn forget_dumps(node: &Node) {
 }
 
 #[test]
+fn a_gantryd_that_hangs_is_told_and_can_be_left() {
+    const NAME: &str = "a_gantryd_that_hangs_is_told_and_can_be_left";
+    let Some(program) = Gantryctl::find(NAME) else {
+        return;
+    };
+    on_plain_node(NAME, async |node| {
+        let daemon = Pid::from_raw(node.daemon.pid().unwrap());
+        kill(daemon, Signal::SIGSTOP).unwrap();
+        let output = Gantryctl::new(&program, &node.daemon).feed(&["state"], Vec::new());
+        let mut top = std::process::Command::new("timeout");
+        top.args(["--signal=INT", "--kill-after=60", "2"])
+            .arg(&program)
+            .arg("--socket")
+            .args([node.daemon.socket()])
+            .arg("top");
+        let interrupted = top.status().unwrap();
+        kill(daemon, Signal::SIGCONT).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("does not answer within 10s"), "{said}");
+        // 137 where it had to be killed.
+        assert_eq!(interrupted.code(), Some(124));
+        assert_eq!(state(&program, node).0, 0);
+    });
+}
+
+#[test]
 fn state_tells_what_the_node_has() {
     const NAME: &str = "state_tells_what_the_node_has";
     let Some(program) = Gantryctl::find(NAME) else {
