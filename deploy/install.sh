@@ -6,6 +6,10 @@ PACKAGED=/usr/bin
 CONFIG=/etc/gantry/config.toml
 MODULES=/etc/modules-load.d/gantry.conf
 SYSCTLS=/etc/sysctl.d/60-gantry.conf
+PROFILE=/etc/apparmor.d/gantry-default
+# What was put where, as sha256sum has it: by that a file of an earlier version, which the next one
+# replaces, is told from one that somebody has changed, which stays.
+SUMS=/usr/local/share/gantry/installed.sha256
 
 # What dpkg knows of the package gantry: installed, config-files, nothing.
 package_state() { ! have dpkg-query || dpkg-query -W -f '${db:Status-Status}' gantry 2>/dev/null || true; }
@@ -46,27 +50,65 @@ install_package() {
 replace_files() {
     [ -e "$UNIT" ] || [ -e "$DAEMON" ] || return 0
     say "the package takes the place of $DAEMON; pods run on"
-    if cmp -s <(unit) "$UNIT"; then
-        rm "$UNIT"
+    if untouched "$UNIT"; then
+        remove_put "$UNIT"
     elif [ -e "$UNIT" ]; then
         mv "$UNIT" "$UNIT.old"
-        say "kept $UNIT.old: it was changed, or is of another version"
+        say "kept $UNIT.old: it was changed"
     fi
+    # The package has them in /usr/lib, where those would hide them.
+    remove_put "$MODULES"
+    remove_put "$SYSCTLS"
     systemctl daemon-reload
     # The link that enables it leads to the file that is gone.
     systemctl reenable --quiet gantry.service
     systemctl restart gantry.service
     rm -f "$DAEMON" "$CTL" "$BIN/gantry-shim"
+    forget "$CONFIG"
+    forget "$PROFILE"
     [ ! -e "$CONFLIST" ] || say "kept $CONFLIST: remove it when the cluster brings a network of its own"
 }
 
-# Copies $1 to $2 unless there is one.
-install_absent() {
-    if [ -e "$2" ]; then
-        cmp -s "$1" "$2" || say "kept $2: it was changed"
+# Whether $1 is still what was put there, by whichever version.
+untouched() { [ -e "$1" ] && grep -sF "  $1" "$SUMS" | sha256sum --check --status 2>/dev/null; }
+
+# Writes standard input to $1, unless somebody has changed what is there. PUT: whether it was written.
+put() {
+    local new
+    PUT=no
+    new=$(mktemp)
+    cat >"$new"
+    if [ -e "$1" ] && ! cmp -s "$new" "$1" && ! untouched "$1"; then
+        say "kept $1: it was changed"
     else
-        install -D -m 644 "$1" "$2"
+        if ! cmp -s "$new" "$1"; then
+            install -D -m 644 "$new" "$1"
+            PUT=yes
+        fi
+        forget "$1"
+        mkdir -p "${SUMS%/*}"
+        sha256sum "$1" >>"$SUMS"
     fi
+    rm "$new"
+}
+
+# Removes $1 if it was put there and is as it was. REMOVED: whether it is gone.
+remove_put() {
+    REMOVED=no
+    [ -e "$1" ] || return 0
+    if untouched "$1"; then
+        rm "$1"
+        forget "$1"
+        REMOVED=yes
+    else
+        say "kept $1: it was changed"
+    fi
+}
+
+forget() {
+    [ -e "$SUMS" ] || return 0
+    sed -i "\|  $1\$|d" "$SUMS"
+    [ -s "$SUMS" ] || rm -r "${SUMS%/*}"
 }
 
 install_files() {
@@ -77,15 +119,17 @@ install_files() {
         build_release "$BIN"
     fi
     mkdir -p "${CONFIG%/*}"/{conf.d,certs.d}
-    install_absent "$REPO/deploy/config.toml" "$CONFIG"
-    install_absent "$REPO/deploy/modules.conf" "$MODULES"
-    install_absent "$REPO/deploy/sysctl.conf" "$SYSCTLS"
+    put "$CONFIG" <"$REPO/deploy/config.toml"
+    put "$MODULES" <"$REPO/deploy/modules.conf"
+    put "$SYSCTLS" <"$REPO/deploy/sysctl.conf"
     if have aa-enabled && aa-enabled --quiet; then
-        install_absent "$REPO/deploy/apparmor/gantry-default" /etc/apparmor.d/gantry-default
-        apparmor_parser --replace /etc/apparmor.d/gantry-default
+        put "$PROFILE" <"$REPO/deploy/apparmor/gantry-default"
+        apparmor_parser --replace "$PROFILE"
     fi
-    systemctl restart systemd-modules-load.service systemd-sysctl.service ||
-        say "modules or sysctls of pods could not be set: see systemctl status systemd-modules-load systemd-sysctl"
+    # As the package does: of the machine's sysctls those that pods need, and no others.
+    { systemctl restart systemd-modules-load.service &&
+        /usr/lib/systemd/systemd-sysctl --prefix=/net/ipv4/ip_forward --prefix=/net/bridge; } ||
+        say "modules or sysctls of pods could not be set: see systemctl status systemd-modules-load, sysctl --system"
     start_daemon
 }
 
@@ -157,6 +201,12 @@ replace; then: systemctl restart gantry. Upgrades and removal: docs/operations.m
 END
 }
 
+# Where gantryd is told to serve CRI, as it reads its configuration: a file of conf.d is stronger.
+configured_socket() {
+    awk -F "[\"']" 'FNR == 1 { top = 1 } /^ *\[/ { top = 0 } top && /^ *socket *=/ { socket = $2 } END { print socket }' \
+        $(compgen -G "$CONFIG" || true) $(compgen -G "${CONFIG%/*}/conf.d/*.toml" || true) </dev/null
+}
+
 # $1: a package, or nothing to build it. $2: yes to copy files even where there is dpkg.
 install_node() {
     local package=$1 files=$2
@@ -179,8 +229,9 @@ install_node() {
         journalctl -u gantry -n 20 --no-pager >&2
         die "gantry.service does not start"
     fi
-    wait_ready "$SOCKET" "$(daemon_pid)" ""
     check_node
+    SOCKET=$(configured_socket)
+    SOCKET=${SOCKET:-$STATE/gantry.sock}
     print_kubelet
 }
 
@@ -198,23 +249,17 @@ uninstall_node() {
     if [ "$purge" = yes ] && [ "$(package_state)" = config-files ]; then dpkg --purge gantry; fi
 }
 
-# Removes $2 if it is what $1 is.
-remove_unchanged() {
-    [ -e "$2" ] || return 0
-    if cmp -s "$1" "$2"; then rm "$2"; else say "kept $2: it was changed"; fi
-}
-
 uninstall_files() {
     local purge=$1 pods
     ! under_systemd || [ ! -e "$UNIT" ] || systemctl disable --quiet --now gantry.service
     remove_unit
     rm -f "$DAEMON" "$CTL" "$BIN/gantry-shim"
-    remove_unchanged "$REPO/deploy/modules.conf" "$MODULES"
-    remove_unchanged "$REPO/deploy/sysctl.conf" "$SYSCTLS"
-    remove_unchanged "$REPO/deploy/apparmor/gantry-default" /etc/apparmor.d/gantry-default
+    remove_put "$MODULES"
+    remove_put "$SYSCTLS"
+    remove_put "$PROFILE"
     pods=$(compgen -G "$STATE/pods/*" | wc -l || true)
     if [ "$pods" -gt 0 ]; then say "$pods pods are left, and what runs in them runs on without the daemon"; fi
     [ "$purge" = yes ] || return 0
-    remove_unchanged "$REPO/deploy/config.toml" "$CONFIG"
+    remove_put "$CONFIG"
     remove_data
 }
