@@ -11,20 +11,17 @@ const CHUNK: usize = 200;
 pub type Chunks<T> = Iter<std::vec::IntoIter<Result<T, Status>>>;
 
 /// One response per chunk of items; none for no items.
-pub fn chunks<I: Clone, T>(items: Vec<I>, response: impl Fn(Vec<I>) -> T) -> Chunks<T> {
+pub fn chunks<I, T>(items: Vec<I>, response: impl Fn(Vec<I>) -> T) -> Chunks<T> {
     chunks_of(CHUNK, items, response)
 }
 
 /// As [`chunks`], for items that are larger.
-pub fn chunks_of<I: Clone, T>(
-    length: usize,
-    items: Vec<I>,
-    response: impl Fn(Vec<I>) -> T,
-) -> Chunks<T> {
-    let responses: Vec<_> = items
-        .chunks(length)
-        .map(|chunk| Ok(response(chunk.to_vec())))
-        .collect();
+pub fn chunks_of<I, T>(length: usize, items: Vec<I>, response: impl Fn(Vec<I>) -> T) -> Chunks<T> {
+    let mut items = items.into_iter();
+    let mut responses = Vec::new();
+    while items.len() > 0 {
+        responses.push(Ok(response(items.by_ref().take(length).collect())));
+    }
     iter(responses)
 }
 

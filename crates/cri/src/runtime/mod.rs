@@ -320,9 +320,9 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
-        let pod_metrics = self.pod_metrics().await?;
+        let reply = metrics::Reply::of(self.pod_metrics().await?);
         Ok(Response::new(cri::ListPodSandboxMetricsResponse {
-            pod_metrics,
+            pod_metrics: reply.send(),
         }))
     }
 
@@ -335,7 +335,7 @@ impl RuntimeService for Runtime {
         let items = self.pod_metrics().await?;
         Ok(Response::new(crate::stream::chunks_of(
             PODS_WITH_METRICS,
-            items,
+            items.collect(),
             |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse {
                 pod_sandbox_metrics,
             },

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gantry_cri_api::v1 as cri;
 use gantry_supervisor::registry::{ContainerView, PodView};
 use gantry_supervisor::stats::{
-    ContainerStats, Cpu, DiskUsage, Interface, PodStats, Pressure, Stall, Usage,
+    ContainerStats, Cpu, DEFAULT_INTERFACE, DiskUsage, Interface, PodStats, Pressure, Stall, Usage,
 };
 use gantry_types::PodState;
 use tonic::Status;
@@ -13,9 +13,6 @@ use tonic::Status;
 use super::Runtime;
 use crate::convert;
 use crate::status::status;
-
-/// The interface that a CNI network is attached by first.
-const DEFAULT_INTERFACE: &str = "eth0";
 
 impl Runtime {
     pub(super) async fn stats_of_container(
@@ -201,11 +198,20 @@ fn swap(usage: &Usage, resources: Option<&cri::LinuxContainerResources>) -> Opti
     })
 }
 
-/// What a container may swap out: CRI's limit is of memory and swap together.
+/// What a container may swap out; `None` without a limit. A kubelet on cgroup v2 sets it there.
+/// Otherwise CRI's limit is of memory and swap together, and without one who has a limit on memory
+/// may not swap (gantry-spec, resources.rs).
 pub(super) fn swap_limit(resources: &cri::LinuxContainerResources) -> Option<u64> {
+    if let Some(limit) = resources.unified.get("memory.swap.max") {
+        // `max` is none.
+        return limit.trim().parse().ok();
+    }
     let limit = |bytes: i64| u64::try_from(bytes).ok().filter(|bytes| *bytes > 0);
-    let both = limit(resources.memory_swap_limit_in_bytes)?;
-    Some(both.saturating_sub(limit(resources.memory_limit_in_bytes)?))
+    let memory = limit(resources.memory_limit_in_bytes)?;
+    match resources.memory_swap_limit_in_bytes {
+        0 => Some(0),
+        both => Some(limit(both)?.saturating_sub(memory)),
+    }
 }
 
 fn psi(pressure: &Pressure) -> cri::PsiStats {
@@ -306,6 +312,42 @@ mod tests {
         assert_eq!(psi.full, None);
         let some = psi.some.unwrap();
         assert_eq!((some.total, some.avg10, some.avg300), (9000, 1.5, 0.1));
+    }
+
+    #[test]
+    fn what_is_left_to_swap_is_what_the_limit_says() {
+        let resources = |memory, both, unified: Option<&str>| cri::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            memory_swap_limit_in_bytes: both,
+            unified: unified
+                .map(|limit| ("memory.swap.max".to_owned(), limit.to_owned()))
+                .into_iter()
+                .collect(),
+            ..Default::default()
+        };
+        let usage = Usage {
+            swap: Some(10),
+            ..Usage::default()
+        };
+        for (memory, both, unified, expected) in [
+            (100, 0, Some("30"), some(20)),
+            (100, 150, Some("30"), some(20)),
+            (0, 0, Some("30"), some(20)),
+            (100, 0, Some("0"), some(0)),
+            (100, 150, Some("max"), None),
+            (100, 150, None, some(40)),
+            (100, 100, None, some(0)),
+            (100, -1, None, None),
+            (100, 0, None, some(0)),
+            (0, 0, None, None),
+            (-1, 0, None, None),
+        ] {
+            let resources = resources(memory, both, unified);
+            let swap = swap(&usage, Some(&resources)).unwrap();
+            assert_eq!(swap.swap_available_bytes, expected, "{resources:?}");
+            assert_eq!(swap.swap_usage_bytes, some(10));
+        }
+        assert_eq!(swap(&Usage::default(), None), None, "it is not counted");
     }
 
     #[test]

@@ -31,9 +31,10 @@ use gantry_types::{ContainerState, PodState, ProcessRef};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 pub use disk::{DiskUsage, FileSystem};
+pub use read::DEFAULT_INTERFACE;
 pub use usage::{
-    Cpu, Descriptors, Details, Device, DeviceIo, HugePages, Interface, Memory, Pressure, Pressures,
-    Processes, Stall, TaskLimit, Usage,
+    Cpu, Descriptors, Details, Device, DeviceIo, HugePages, Interface, Limits, Memory, Pressure,
+    Pressures, Processes, Stall, TaskLimit, Usage,
 };
 
 use crate::pod::{blocking, host_network};
@@ -104,7 +105,7 @@ pub struct PodStats {
     pub own_cgroup: bool,
     /// As [`ContainerStats::nano_cores`].
     pub nano_cores: Option<u64>,
-    /// Of the pod's network; `None` with the host's.
+    /// Of the pod's network, the default one first; `None` with the host's.
     pub interfaces: Option<Vec<Interface>>,
     pub containers: Vec<ContainerStats>,
     /// Of the pod's own cgroup, if they were asked for.
@@ -235,9 +236,9 @@ impl<'a> Work<'a> {
             disk: None,
             details: None,
         };
-        if !matches!(stats.view.state, ContainerState::Running { .. }) {
+        let ContainerState::Running { process, .. } = stats.view.state else {
             return Some(stats);
-        }
+        };
         let metrics = self.depth == Depth::Details;
         let dir = PathBuf::from(&stats.view.facts.record.cgroup_dir);
         let want = Want {
@@ -258,7 +259,7 @@ impl<'a> Work<'a> {
         }
         stats.nano_cores = self.rate(stats.view.facts.id.as_str(), at, usage.cpu);
         if metrics {
-            stats.details = Some(self.reader.details(&dir, true));
+            stats.details = Some(self.reader.details(&dir, Some(process)));
         }
         Some(stats)
     }
@@ -280,7 +281,10 @@ impl<'a> Work<'a> {
             };
             let usage = self.reader.usage(&dir, want)?;
             if self.depth == Depth::Details {
-                details = Some(self.reader.details(&dir, false));
+                details = Some(Details {
+                    limits: Some(self.reader.limits(&dir)),
+                    ..self.reader.details(&dir, None)
+                });
             }
             Some(usage)
         });

@@ -46,6 +46,19 @@ pub fn task_limit(text: &[u8]) -> Option<TaskLimit> {
     }
 }
 
+/// `cpu.max`: the quota, where there is one, and its period, in microseconds.
+pub fn cpu_max(text: &[u8]) -> (Option<u64>, Option<u64>) {
+    let mut words = words(text).map(number);
+    let mut next = || words.next().flatten();
+    (next(), next())
+}
+
+/// `cpu.weight`, 1 to 10000, as shares of v1, 2 to 262144: what cAdvisor makes of it.
+pub fn shares(text: &[u8]) -> Option<u64> {
+    let weight = number(text).filter(|weight| (1..=10_000).contains(weight))?;
+    Some(2 + (weight - 1) * 262_142 / 9_999)
+}
+
 /// `cpu.stat` of v2.
 pub fn cpu_v2(text: &[u8]) -> Option<Cpu> {
     let mut cpu = Cpu::default();
@@ -313,6 +326,22 @@ pub fn open_files_limit(text: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quotas_and_weights() {
+        assert_eq!(cpu_max(b"50000 100000\n"), (Some(50_000), Some(100_000)));
+        assert_eq!(cpu_max(b"max 100000\n"), (None, Some(100_000)));
+        assert_eq!(cpu_max(b""), (None, None));
+        for (weight, expected) in [
+            ("1\n", Some(2)),
+            ("100\n", Some(2597)),
+            ("10000\n", Some(262_144)),
+            ("0\n", None),
+            ("10001\n", None),
+        ] {
+            assert_eq!(shares(weight.as_bytes()), expected, "{weight:?}");
+        }
+    }
 
     #[test]
     fn numbers_and_limits() {

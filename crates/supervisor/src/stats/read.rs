@@ -15,10 +15,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use gantry_types::ProcessRef;
+
 use super::disk::device_name;
 use super::parse;
 use super::usage::{
-    Cpu, Descriptors, Details, Device, HugePages, Interface, Memory, Pressures, Processes, Usage,
+    Cpu, Descriptors, Details, Device, HugePages, Interface, Limits, Memory, Pressures, Processes,
+    Usage,
 };
 use crate::cgroup::Cgroups;
 use crate::clock::now_ns;
@@ -34,6 +37,12 @@ const DESCRIPTORS_MAX: u64 = 32 * 1024;
 /// Cgroups that a container has made below its own and that are looked through for processes. Of
 /// one that made more, there is no number of processes or descriptors.
 const BELOW_MAX: usize = 256;
+/// Interfaces of a network that are told, [`DEFAULT_INTERFACE`] among them. Who may make interfaces
+/// makes thousands, and a kubelet receives so much and no more.
+const INTERFACES_MAX: usize = 256;
+
+/// The interface that a CNI network is attached by first.
+pub const DEFAULT_INTERFACE: &str = "eth0";
 
 /// What is wanted beside CPU time, memory and swap.
 #[derive(Clone, Copy, Debug, Default)]
@@ -175,8 +184,9 @@ impl<'a> Reader<'a> {
         usage.swap = swap;
     }
 
-    /// What pod metrics tell beside the usage. `processes`: also what a look at them tells.
-    pub fn details(&mut self, dir: &Path, processes: bool) -> Details {
+    /// What pod metrics tell beside the usage. `init`: the first process of a container, of which
+    /// also what a look at its processes tells.
+    pub fn details(&mut self, dir: &Path, init: Option<ProcessRef>) -> Details {
         let mut details = match self.cgroups.is_v2() {
             true => self.details_v2(dir),
             false => self.details_v1(dir),
@@ -196,10 +206,46 @@ impl<'a> Reader<'a> {
             let name = name.or_insert_with(|| device_name(major, minor));
             io.name.clone_from(name);
         }
-        if processes {
-            details.processes = self.processes(dir);
+        if let Some(init) = init {
+            details.processes = self.processes(dir, init);
         }
         details
+    }
+
+    /// Limits of a cgroup that are on no record.
+    pub fn limits(&mut self, dir: &Path) -> Limits {
+        match self.cgroups.is_v2() {
+            true => self.limits_v2(dir),
+            false => self.limits_v1(dir),
+        }
+    }
+
+    fn limits_v2(&mut self, dir: &Path) -> Limits {
+        let cpu = self.file(dir, "cpu.max").map(parse::cpu_max);
+        let (cpu_quota, cpu_period) = cpu.unwrap_or_default();
+        Limits {
+            cpu_period,
+            cpu_quota,
+            cpu_shares: self.file(dir, "cpu.weight").and_then(parse::shares),
+            reserved: self.file(dir, "memory.min").and_then(parse::limit),
+            swap: self.file(dir, "memory.swap.max").and_then(parse::limit),
+        }
+    }
+
+    fn limits_v1(&mut self, dir: &Path) -> Limits {
+        let mut limit = |name| self.file(dir, name).and_then(parse::limit);
+        let mut limits = Limits {
+            reserved: limit("memory.soft_limit_in_bytes"),
+            swap: limit("memory.memsw.limit_in_bytes"),
+            ..Limits::default()
+        };
+        if let Some(cpu) = self.at("cpu", dir) {
+            limits.cpu_period = self.number(&cpu, "cpu.cfs_period_us");
+            // -1 for none.
+            limits.cpu_quota = self.number(&cpu, "cpu.cfs_quota_us");
+            limits.cpu_shares = self.number(&cpu, "cpu.shares");
+        }
+        limits
     }
 
     fn details_v2(&mut self, dir: &Path) -> Details {
@@ -263,19 +309,20 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn processes(&mut self, dir: &Path) -> Option<Processes> {
+    fn processes(&mut self, dir: &Path, init: ProcessRef) -> Option<Processes> {
         let mut pids: Vec<u64> = parse::pids(self.file(dir, "cgroup.procs")?).collect();
         // A cgroup has as many links as it has directories in it, and two (kernfs): nearly always
         // a container made none, and nothing is listed.
         let below = fs::metadata(dir).is_ok_and(|metadata| metadata.nlink() > 2);
         let all = !below || self.pids_below(dir, &mut pids);
-        let first = pids.first().copied();
-        let limits = first.and_then(|pid| self.file(&proc(pid), "limits"));
+        let limits = u64::try_from(init.pid).ok();
+        let limits = limits.and_then(|pid| self.file(&proc(pid), "limits"));
         let open_files_limit = limits.and_then(parse::open_files_limit);
         Some(Processes {
             count: all.then(|| u64::try_from(pids.len()).unwrap_or(u64::MAX)),
             descriptors: all.then(|| descriptors(&pids)).flatten(),
-            open_files_limit,
+            // Its pid may have become another's.
+            open_files_limit: open_files_limit.filter(|_| gantry_sys::process::alive(init)),
         })
     }
 
@@ -306,12 +353,24 @@ impl<'a> Reader<'a> {
         true
     }
 
-    /// Interfaces of the network namespace of a process; `None` when it has ended.
+    /// Interfaces of the network namespace of a process, [`INTERFACES_MAX`] at most, the default one
+    /// first; `None` when it has ended.
     pub fn interfaces(&mut self, pid: i32) -> Option<Vec<Interface>> {
         let pid = u64::try_from(pid).ok()?;
         let text = self.file(&proc(pid).join("net"), "dev")?;
-        Some(parse::interfaces(text))
+        Some(told(parse::interfaces(text)))
     }
+}
+
+/// [`INTERFACES_MAX`] of them at most, the default one first.
+fn told(mut interfaces: Vec<Interface>) -> Vec<Interface> {
+    let mut names = interfaces.iter().map(|one| one.name.as_str());
+    let at = names.position(|name| name == DEFAULT_INTERFACE);
+    if let Some(before) = at.and_then(|at| interfaces.get_mut(..=at)) {
+        before.rotate_right(1);
+    }
+    interfaces.truncate(INTERFACES_MAX);
+    interfaces
 }
 
 fn proc(pid: u64) -> PathBuf {
@@ -456,6 +515,10 @@ mod tests {
         }
     }
 
+    fn own_process() -> ProcessRef {
+        gantry_sys::process::own_process().unwrap()
+    }
+
     const ALL: Want = Want {
         limit: true,
         tasks: true,
@@ -492,7 +555,7 @@ mod tests {
         );
         assert_eq!((usage.swap, usage.tasks), (Some(7), Some(3)));
         assert!(usage.pressure.cpu.is_some() && usage.pressure.io.is_none());
-        let details = reader.details(&dir, true);
+        let details = reader.details(&dir, Some(own_process()));
         assert_eq!(details.max_memory, Some(2000));
         assert_eq!(details.memory_limit_hits, Some(2));
         assert_eq!(
@@ -550,7 +613,7 @@ mod tests {
         assert_eq!((memory.working_set(), memory.available()), (900, None));
         assert_eq!((usage.swap, usage.tasks), (None, Some(2)));
         assert_eq!(usage.pressure, Pressures::default());
-        let details = reader.details(&dir, false);
+        let details = reader.details(&dir, None);
         assert_eq!(
             (details.max_memory, details.memory_limit_hits),
             (Some(3000), Some(9))
@@ -574,8 +637,9 @@ mod tests {
             };
             let mut reader = Reader::new(&fake.cgroups);
             assert_eq!(reader.usage(&dir, ALL), None);
-            let details = reader.details(&dir, true);
+            let details = reader.details(&dir, Some(own_process()));
             assert_eq!((details.processes, details.max_tasks), (None, None));
+            assert_eq!(reader.limits(&dir), Limits::default());
             assert_eq!(reader.interfaces(-1), None);
             assert!(reader.trouble.is_none());
             // A record of another machine.
@@ -654,10 +718,87 @@ mod tests {
         assert!(!reader.pids_below(&dir, &mut Vec::new()));
         // Some file systems do not count directories in the links of one.
         if fs::metadata(&dir).unwrap().nlink() > 2 {
-            let processes = reader.processes(&dir).unwrap();
+            let processes = reader.processes(&dir, own_process()).unwrap();
             assert_eq!((processes.count, processes.descriptors), (None, None));
             assert!(processes.open_files_limit.is_some());
         }
+    }
+
+    #[test]
+    fn the_limit_of_open_files_is_that_of_the_first_process() {
+        let fake = fake(true);
+        // Another is first in the list: it is not in the order of time.
+        fake.write("c/cgroup.procs", "0\n");
+        let dir = fake.root.path().join("c");
+        let mut reader = Reader::new(&fake.cgroups);
+        let mut limit = |init| reader.processes(&dir, init).unwrap().open_files_limit;
+        assert!(limit(own_process()).is_some());
+        let earlier = ProcessRef {
+            start_time: 1,
+            ..own_process()
+        };
+        assert_eq!(limit(earlier), None, "its pid is another's now");
+    }
+
+    #[test]
+    fn limits_of_v1_and_of_v2_are_the_same() {
+        let (v2, v1) = (fake(true), fake(false));
+        for (name, text) in [
+            ("cpu.max", "50000 100000\n"),
+            ("cpu.weight", "1\n"),
+            ("memory.min", "7\n"),
+            ("memory.swap.max", "9\n"),
+        ] {
+            v2.write(&format!("p/{name}"), text);
+        }
+        for (name, text) in [
+            ("cpu/p/cpu.cfs_quota_us", "50000\n"),
+            ("cpu/p/cpu.cfs_period_us", "100000\n"),
+            ("cpu/p/cpu.shares", "2\n"),
+            ("memory/p/memory.soft_limit_in_bytes", "7\n"),
+            ("memory/p/memory.memsw.limit_in_bytes", "9\n"),
+        ] {
+            v1.write(name, text);
+        }
+        let expected = Limits {
+            cpu_period: Some(100_000),
+            cpu_quota: Some(50_000),
+            cpu_shares: Some(2),
+            reserved: Some(7),
+            swap: Some(9),
+        };
+        let (at_v2, at_v1) = (v2.root.path().join("p"), v1.root.path().join("memory/p"));
+        assert_eq!(Reader::new(&v2.cgroups).limits(&at_v2), expected);
+        assert_eq!(Reader::new(&v1.cgroups).limits(&at_v1), expected);
+        // As they are when nobody has set them.
+        v2.write("p/cpu.max", "max 100000\n");
+        v2.write("p/memory.swap.max", "max\n");
+        v1.write("cpu/p/cpu.cfs_quota_us", "-1\n");
+        v1.write(
+            "memory/p/memory.memsw.limit_in_bytes",
+            "9223372036854771712\n",
+        );
+        let expected = Limits {
+            cpu_quota: None,
+            swap: None,
+            ..expected
+        };
+        assert_eq!(Reader::new(&v2.cgroups).limits(&at_v2), expected);
+        assert_eq!(Reader::new(&v1.cgroups).limits(&at_v1), expected);
+    }
+
+    #[test]
+    fn thousands_of_interfaces_do_not_hide_the_default_one() {
+        let named = |name: String| Interface {
+            name,
+            ..Interface::default()
+        };
+        let own = (0..3000).map(|n| named(format!("a{n}")));
+        let all = own.chain([named(DEFAULT_INTERFACE.to_owned())]).collect();
+        let told = told(all);
+        assert_eq!(told.len(), INTERFACES_MAX);
+        let names: Vec<_> = told[..3].iter().map(|one| one.name.as_str()).collect();
+        assert_eq!(names, [DEFAULT_INTERFACE, "a0", "a1"]);
     }
 
     #[test]

@@ -145,6 +145,23 @@ pub struct Details {
     pub huge_pages: Vec<HugePages>,
     pub max_tasks: Option<TaskLimit>,
     pub processes: Option<Processes>,
+    /// Of a cgroup whose limits are on no record of ours.
+    pub limits: Option<Limits>,
+}
+
+/// What a cgroup was given, but for the limit on its memory ([`Memory::limit`]). `None` is no limit,
+/// or none that this kernel has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// In microseconds, as the quota.
+    pub cpu_period: Option<u64>,
+    pub cpu_quota: Option<u64>,
+    /// In the unit of v1, as CRI has it.
+    pub cpu_shares: Option<u64>,
+    /// Bytes that are kept for it (v2), or to which it is brought back first (v1).
+    pub reserved: Option<u64>,
+    /// Bytes of swap; on v1 with memory.
+    pub swap: Option<u64>,
 }
 
 /// How many tasks a cgroup may have (`pids.max`).
@@ -169,7 +186,7 @@ pub struct Processes {
     pub count: Option<u64>,
     /// Open files and those of them that are sockets; `None` when there are too many to count.
     pub descriptors: Option<Descriptors>,
-    /// Soft limit of open files of the first process.
+    /// Soft limit of open files of the container's first process.
     pub open_files_limit: Option<u64>,
 }
 

@@ -5,24 +5,32 @@
 
 #[cfg(test)]
 mod not_served;
+mod reply;
 mod table;
 
 use gantry_cri_api::v1 as cri;
 use gantry_supervisor::Cgroups;
-use gantry_supervisor::registry::{ContainerView, PodView};
+use gantry_supervisor::registry::PodView;
 use gantry_supervisor::stats::{
-    ContainerStats, Details, DeviceIo, DiskUsage, Interface, PodStats, Processes, TaskLimit, Usage,
+    ContainerStats, Details, DeviceIo, DiskUsage, Interface, Limits, PodStats, Processes,
+    TaskLimit, Usage,
 };
 use gantry_types::ContainerState;
 use tonic::Status;
 
 use super::Runtime;
 use super::stats::swap_limit;
+use crate::convert;
 use crate::status::status;
+pub(super) use reply::Reply;
 use table::{LABELS, Metric, On};
 
 /// Period of a CPU quota that nobody set (kernel, scheduler/sched-bwc.rst), in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
+/// Interfaces that cAdvisor leaves out, by how their names begin, in whatever case.
+const LEFT_OUT: [&str; 4] = ["lo", "veth", "docker", "nerdctl"];
+/// Interfaces of a pod. Each is eight series, which a pod that may make interfaces pays nothing for.
+const INTERFACES: usize = 32;
 
 impl Runtime {
     /// What this node has metrics for.
@@ -31,10 +39,62 @@ impl Runtime {
     }
 
     /// Of pods that are ready.
-    pub(super) async fn pod_metrics(&self) -> Result<Vec<cri::PodSandboxMetrics>, Status> {
+    pub(super) async fn pod_metrics(
+        &self,
+    ) -> Result<impl Iterator<Item = cri::PodSandboxMetrics>, Status> {
         let pods = self.supervisor.pod_details().await.map_err(status)?;
+        Ok(pods.into_iter().map(|pod| self.metrics_of_pod(&pod)))
+    }
+
+    /// The labels are those that a kubelet gives what its cAdvisor counts: a pod's network is that
+    /// of its holder, as it was that of the pause container; its own cgroup has neither name nor
+    /// image.
+    fn metrics_of_pod(&self, pod: &PodStats) -> cri::PodSandboxMetrics {
         let cgroups = &self.supervisor.settings().cgroups;
-        Ok(pods.iter().map(|pod| pod_metrics(cgroups, pod)).collect())
+        let containers = pod.containers.iter();
+        let containers = containers.filter_map(|one| self.metrics_of_container(&pod.view, one));
+        cri::PodSandboxMetrics {
+            pod_sandbox_id: pod.view.facts.id.to_string(),
+            metrics: pod_metrics(cgroups, pod),
+            container_metrics: containers.collect(),
+        }
+    }
+
+    /// `None` for one that does not run.
+    fn metrics_of_container(
+        &self,
+        pod: &PodView,
+        stats: &ContainerStats,
+    ) -> Option<cri::ContainerMetrics> {
+        let cgroups = &self.supervisor.settings().cgroups;
+        let view = &stats.view;
+        let usage = stats.usage.as_ref()?;
+        let ContainerState::Running { started_at, .. } = view.state else {
+            return None;
+        };
+        let facts = &view.facts;
+        let name = facts.config.metadata.as_ref();
+        let name = name.map_or("", |metadata| metadata.name.as_str());
+        let image = convert::image_of(view, self.supervisor.images());
+        let image = convert::image_spec(view, image.as_deref()).image;
+        let cgroup = cgroups.name(facts.record.cgroup_dir.as_ref());
+        let mut metrics = Metrics::of(labels(pod, name, cgroup, image, facts.id.as_str()));
+        let nothing = cri::LinuxContainerResources::default();
+        let asked = view.resources.as_ref().unwrap_or(&nothing);
+        let limits = limits_of(asked, usage.swap.is_some(), cgroups.is_v2());
+        metrics.usage(usage, &limits);
+        if let Some(details) = &stats.details {
+            metrics.details(details, cgroups.is_v2());
+        }
+        if let Some(disk) = &stats.disk {
+            metrics.disk(disk);
+        }
+        metrics.limits(&limits, set(asked.memory_limit_in_bytes));
+        metrics.times(usage.at, facts.record.created_at, started_at);
+        Some(cri::ContainerMetrics {
+            container_id: facts.id.to_string(),
+            metrics: metrics.metrics,
+        })
     }
 }
 
@@ -63,6 +123,14 @@ struct Metrics {
 }
 
 impl Metrics {
+    /// None yet, of what has these labels.
+    fn of(labels: [String; LABELS.len()]) -> Self {
+        Self {
+            labels,
+            metrics: Vec::with_capacity(table::SERVED.len()),
+        }
+    }
+
     fn put(&mut self, metric: &Metric, more: &[&str], value: u64) {
         debug_assert_eq!(more.len(), metric.labels.len(), "{}", metric.name);
         let more = more.iter().map(|&label| label.to_owned());
@@ -81,14 +149,16 @@ impl Metrics {
         }
     }
 
-    fn usage(&mut self, usage: &Usage) {
+    fn usage(&mut self, usage: &Usage, limits: &Limits) {
         if let Some(cpu) = usage.cpu {
             self.put(&table::CPU_USAGE, &["total"], seconds(cpu.usage));
             self.put_if(&table::CPU_USER, cpu.user.map(seconds));
             self.put_if(&table::CPU_SYSTEM, cpu.system.map(seconds));
-            self.put_if(&table::CFS_PERIODS, cpu.periods);
-            self.put_if(&table::CFS_THROTTLED_PERIODS, cpu.throttled_periods);
-            self.put_if(&table::CFS_THROTTLED, cpu.throttled.map(seconds));
+            if limits.cpu_quota.is_some() {
+                self.put_if(&table::CFS_PERIODS, cpu.periods);
+                self.put_if(&table::CFS_THROTTLED_PERIODS, cpu.throttled_periods);
+                self.put_if(&table::CFS_THROTTLED, cpu.throttled.map(seconds));
+            }
         }
         if let Some(memory) = usage.memory {
             for (metric, value) in [
@@ -211,26 +281,17 @@ impl Metrics {
         }
     }
 
-    fn limits(&mut self, asked: &cri::LinuxContainerResources, v2: bool) {
-        let set = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
-        let period = set(asked.cpu_period).unwrap_or(DEFAULT_PERIOD);
-        self.put(&table::SPEC_CPU_PERIOD, &[], period);
-        self.put_if(&table::SPEC_CPU_QUOTA, set(asked.cpu_quota));
-        self.put_if(&table::SPEC_CPU_SHARES, set(asked.cpu_shares));
-        let memory = set(asked.memory_limit_in_bytes);
-        self.put(&table::SPEC_MEMORY_LIMIT, &[], memory.unwrap_or_default());
-        let swap = match v2 {
-            true => swap_limit(asked),
-            false => set(asked.memory_swap_limit_in_bytes),
-        };
-        self.put(&table::SPEC_MEMORY_SWAP, &[], swap.unwrap_or_default());
-        let kept = asked.unified.get("memory.low");
-        let kept = kept.and_then(|bytes| bytes.parse().ok());
-        self.put(
-            &table::SPEC_MEMORY_RESERVATION,
-            &[],
-            kept.unwrap_or_default(),
-        );
+    fn limits(&mut self, limits: &Limits, memory: Option<u64>) {
+        self.put_if(&table::SPEC_CPU_PERIOD, limits.cpu_period);
+        self.put_if(&table::SPEC_CPU_QUOTA, limits.cpu_quota);
+        self.put_if(&table::SPEC_CPU_SHARES, limits.cpu_shares);
+        for (metric, limit) in [
+            (&table::SPEC_MEMORY_LIMIT, memory),
+            (&table::SPEC_MEMORY_SWAP, limits.swap),
+            (&table::SPEC_MEMORY_RESERVATION, limits.reserved),
+        ] {
+            self.put(metric, &[], limit.unwrap_or_default());
+        }
     }
 
     fn times(&mut self, at: i64, created: i64, started: i64) {
@@ -245,7 +306,8 @@ impl Metrics {
     }
 
     fn network(&mut self, interfaces: &[Interface]) {
-        for one in interfaces {
+        let told = interfaces.iter().filter(|one| !is_left_out(&one.name));
+        for one in told.take(INTERFACES) {
             for (metric, value) in [
                 (&table::RX_BYTES, one.rx_bytes),
                 (&table::RX_PACKETS, one.rx_packets),
@@ -266,22 +328,39 @@ fn seconds(nanos: u64) -> u64 {
     nanos / 1_000_000_000
 }
 
-/// The labels are those that a kubelet gives what its cAdvisor counts: a pod's network is that of
-/// its holder, as it was that of the pause container; its own cgroup has neither name nor image.
-fn pod_metrics(cgroups: &Cgroups, pod: &PodStats) -> cri::PodSandboxMetrics {
+/// What CRI gives as a number that is not 0.
+fn set(value: i64) -> Option<u64> {
+    u64::try_from(value).ok().filter(|value| *value > 0)
+}
+
+/// Limits of a container as they are on record; `swap`: whether the kernel counts swap, and so
+/// limits it.
+fn limits_of(asked: &cri::LinuxContainerResources, swap: bool, v2: bool) -> Limits {
+    let kept = asked.unified.get("memory.min");
+    let swap = match asked.memory_swap_limit_in_bytes {
+        _ if !swap => None,
+        _ if v2 => swap_limit(asked),
+        // v1 limits it with memory.
+        0 => set(asked.memory_limit_in_bytes),
+        both => set(both),
+    };
+    Limits {
+        cpu_period: Some(set(asked.cpu_period).unwrap_or(DEFAULT_PERIOD)),
+        cpu_quota: set(asked.cpu_quota),
+        cpu_shares: set(asked.cpu_shares),
+        reserved: kept.and_then(|bytes| bytes.trim().parse().ok()),
+        swap,
+    }
+}
+
+/// Of a pod's network and of its own cgroup.
+fn pod_metrics(cgroups: &Cgroups, pod: &PodStats) -> Vec<cri::Metric> {
     let facts = &pod.view.facts;
     let holder = facts.record.cgroup_dirs.first();
     let holder = holder.map(|dir| cgroups.name(dir.as_ref()));
-    let mut metrics = Metrics {
-        labels: labels(
-            &pod.view,
-            "",
-            holder.unwrap_or_default(),
-            "",
-            facts.id.as_str(),
-        ),
-        metrics: Vec::new(),
-    };
+    let holder = holder.unwrap_or_default();
+    let of_holder = labels(&pod.view, "", holder, String::new(), facts.id.as_str());
+    let mut metrics = Metrics::of(of_holder);
     if let Some(interfaces) = &pod.interfaces {
         metrics.network(interfaces);
     }
@@ -289,75 +368,32 @@ fn pod_metrics(cgroups: &Cgroups, pod: &PodStats) -> cri::PodSandboxMetrics {
         let parent = facts.config.linux.as_ref();
         let parent = parent.map_or("", |linux| linux.cgroup_parent.as_str());
         let dir = cgroups.parent_dir(parent).unwrap_or_default();
-        metrics.labels = labels(&pod.view, "", cgroups.name(&dir), "", "");
-        metrics.usage(&pod.usage);
+        metrics.labels = labels(&pod.view, "", cgroups.name(&dir), String::new(), "");
+        let limits = pod.details.as_ref().and_then(|details| details.limits);
+        let limits = limits.unwrap_or_default();
+        metrics.usage(&pod.usage, &limits);
         if let Some(details) = &pod.details {
             metrics.details(details, cgroups.is_v2());
         }
         let created = facts.record.created_at;
         metrics.times(pod.usage.at, created, created);
-        let limit = pod.usage.memory.and_then(|memory| memory.limit);
-        metrics.put(&table::SPEC_MEMORY_LIMIT, &[], limit.unwrap_or_default());
+        let memory = pod.usage.memory.and_then(|memory| memory.limit);
+        metrics.limits(&limits, memory);
     }
-    let containers = pod.containers.iter();
-    let containers = containers.filter_map(|one| container_metrics(cgroups, &pod.view, one));
-    cri::PodSandboxMetrics {
-        pod_sandbox_id: facts.id.to_string(),
-        metrics: metrics.metrics,
-        container_metrics: containers.collect(),
-    }
+    metrics.metrics
 }
 
-/// `None` for one that does not run.
-fn container_metrics(
-    cgroups: &Cgroups,
-    pod: &PodView,
-    stats: &ContainerStats,
-) -> Option<cri::ContainerMetrics> {
-    let view = &stats.view;
-    let usage = stats.usage.as_ref()?;
-    let ContainerState::Running { started_at, .. } = view.state else {
-        return None;
-    };
-    let facts = &view.facts;
-    let name = facts.config.metadata.as_ref();
-    let name = name.map_or("", |metadata| metadata.name.as_str());
-    let cgroup = cgroups.name(facts.record.cgroup_dir.as_ref());
-    let mut metrics = Metrics {
-        labels: labels(pod, name, cgroup, image(view), facts.id.as_str()),
-        metrics: Vec::with_capacity(table::SERVED.len()),
-    };
-    metrics.usage(usage);
-    if let Some(details) = &stats.details {
-        metrics.details(details, cgroups.is_v2());
-    }
-    if let Some(disk) = &stats.disk {
-        metrics.disk(disk);
-    }
-    metrics.limits(&view.resources.clone().unwrap_or_default(), cgroups.is_v2());
-    metrics.times(usage.at, facts.record.created_at, started_at);
-    Some(cri::ContainerMetrics {
-        container_id: facts.id.to_string(),
-        metrics: metrics.metrics,
-    })
-}
-
-/// The image under the name that the pod's author gave it, where the kubelet tells it.
-fn image(view: &ContainerView) -> &str {
-    let Some(image) = &view.facts.config.image else {
-        return "";
-    };
-    match image.user_specified_image.as_str() {
-        "" => &image.image,
-        asked => asked,
-    }
+/// As cAdvisor has it.
+fn is_left_out(interface: &str) -> bool {
+    let name = interface.to_ascii_lowercase();
+    LEFT_OUT.iter().any(|begin| name.starts_with(begin))
 }
 
 fn labels(
     pod: &PodView,
     container: &str,
     cgroup: String,
-    image: &str,
+    image: String,
     name: &str,
 ) -> [String; LABELS.len()] {
     let metadata = pod.facts.config.metadata.as_ref();
@@ -368,7 +404,7 @@ fn labels(
     [
         container.to_owned(),
         cgroup,
-        image.to_owned(),
+        image,
         name.to_owned(),
         namespace.to_owned(),
         pod.to_owned(),
@@ -384,8 +420,19 @@ mod tests {
         Cpu, Descriptors, Device, FileSystem, HugePages, Memory, Pressure, Pressures, Stall,
     };
 
+    pub fn interface(name: &str) -> Interface {
+        Interface {
+            name: name.to_owned(),
+            ..Interface::default()
+        }
+    }
+
+    fn labelled() -> Metrics {
+        Metrics::of(LABELS.map(str::to_owned))
+    }
+
     /// Metrics of something of which everything is known.
-    fn everything(v2: bool) -> Vec<cri::Metric> {
+    pub fn everything(mut metrics: Metrics, v2: bool) -> Vec<cri::Metric> {
         let stall = Stall {
             total: 3_900_000_000,
             ..Stall::default()
@@ -445,6 +492,7 @@ mod tests {
                 descriptors: Some(Descriptors::default()),
                 open_files_limit: Some(1),
             }),
+            limits: None,
         };
         let disk = DiskUsage {
             at: 1,
@@ -457,34 +505,31 @@ mod tests {
             cpu_shares: 1,
             memory_limit_in_bytes: 100,
             memory_swap_limit_in_bytes: 150,
-            unified: BTreeMap::from([("memory.low".to_owned(), "77".to_owned())]),
+            unified: BTreeMap::from([
+                ("memory.min".to_owned(), "77".to_owned()),
+                ("memory.low".to_owned(), "78".to_owned()),
+            ]),
             ..Default::default()
         };
-        let mut metrics = Metrics {
-            labels: LABELS.map(str::to_owned),
-            metrics: Vec::new(),
-        };
-        metrics.usage(&usage);
+        let limits = limits_of(&resources, true, v2);
+        metrics.usage(&usage, &limits);
         metrics.details(&details, v2);
         metrics.disk(&disk);
-        metrics.limits(&resources, v2);
+        metrics.limits(&limits, set(resources.memory_limit_in_bytes));
         metrics.times(1, 2, 3);
-        metrics.network(&[Interface::default()]);
+        metrics.network(&[interface("eth0")]);
         metrics.metrics
     }
 
     fn names(v2: bool) -> BTreeSet<String> {
-        let all = everything(v2).into_iter();
+        let all = everything(labelled(), v2).into_iter();
         all.map(|metric| metric.name).collect()
     }
 
     #[test]
     fn a_limit_of_threads_that_is_not_known_is_not_told_as_none() {
         let told = |max_tasks| {
-            let mut metrics = Metrics {
-                labels: LABELS.map(str::to_owned),
-                metrics: Vec::new(),
-            };
+            let mut metrics = labelled();
             let details = Details {
                 max_tasks,
                 ..Details::default()
@@ -538,7 +583,7 @@ mod tests {
                 assert_eq!(keys.len(), descriptor.label_keys.len(), "a label twice");
             }
             let mut seen = BTreeSet::new();
-            for metric in everything(v2) {
+            for metric in everything(labelled(), v2) {
                 let keys = &descriptors[&metric.name].label_keys;
                 assert_eq!(metric.label_values.len(), keys.len(), "{}", metric.name);
                 let counts = metric.name.ends_with("_total") && !metric.name.contains("inodes")
@@ -614,7 +659,7 @@ mod tests {
             let metric = metrics.iter().find(|metric| metric.name == name);
             metric.and_then(|metric| metric.value).unwrap().value
         };
-        let v2 = everything(true);
+        let v2 = everything(labelled(), true);
         assert_eq!(value(&v2, "container_cpu_usage_seconds_total"), 7);
         assert_eq!(value(&v2, "container_pressure_io_stalled_seconds_total"), 3);
         assert_eq!(value(&v2, "container_threads_max"), 0);
@@ -623,8 +668,67 @@ mod tests {
         assert_eq!(value(&v2, "container_spec_memory_swap_limit_bytes"), 50);
         let reservation = "container_spec_memory_reservation_limit_bytes";
         assert_eq!(value(&v2, reservation), 77);
-        let v1 = everything(false);
+        let v1 = everything(labelled(), false);
         assert_eq!(value(&v1, "container_spec_memory_swap_limit_bytes"), 150);
         assert!(v2.iter().all(|metric| metric.timestamp == 0));
+    }
+
+    #[test]
+    fn a_kubelets_limit_of_swap_is_served() {
+        let mut asked = cri::LinuxContainerResources {
+            memory_limit_in_bytes: 100,
+            ..Default::default()
+        };
+        assert_eq!(limits_of(&asked, true, true).swap, Some(0));
+        assert_eq!(limits_of(&asked, true, false).swap, Some(100));
+        assert_eq!(limits_of(&asked, false, true).swap, None);
+        let unified = &mut asked.unified;
+        unified.insert("memory.swap.max".to_owned(), "30".to_owned());
+        assert_eq!(limits_of(&asked, true, true).swap, Some(30));
+    }
+
+    #[test]
+    fn what_has_no_quota_was_not_throttled() {
+        let usage = Usage {
+            cpu: Some(Cpu {
+                periods: Some(0),
+                throttled_periods: Some(0),
+                throttled: Some(0),
+                ..Cpu::default()
+            }),
+            ..Usage::default()
+        };
+        let count = |limits: &Limits| {
+            let mut metrics = labelled();
+            metrics.usage(&usage, limits);
+            let names = metrics.metrics.iter().map(|metric| metric.name.as_str());
+            names.filter(|name| name.contains("_cfs_")).count()
+        };
+        assert_eq!(count(&Limits::default()), 0);
+        let limited = Limits {
+            cpu_quota: Some(1),
+            ..Limits::default()
+        };
+        assert_eq!(count(&limited), 3);
+    }
+
+    #[test]
+    fn interfaces_are_those_that_cadvisor_counts_and_not_more_than_are_bounded() {
+        let told = |names: &[&str]| -> Vec<String> {
+            let interfaces: Vec<_> = names.iter().map(|name| interface(name)).collect();
+            let mut metrics = labelled();
+            metrics.network(&interfaces);
+            let metrics = metrics.metrics.into_iter();
+            let received = metrics.filter(|metric| metric.name == table::RX_BYTES.name);
+            let names = received.map(|metric| metric.label_values.last().cloned());
+            names.map(Option::unwrap).collect()
+        };
+        let some = [
+            "veth1", "eth0", "lo", "Docker0", "nerdctl0", "net1", "cni0", "lower",
+        ];
+        assert_eq!(told(&some), ["eth0", "net1", "cni0"]);
+        let mut many = vec!["veth0"; 100];
+        many.extend(["net1"; 100]);
+        assert_eq!(told(&many), ["net1"; INTERFACES]);
     }
 }

@@ -10,6 +10,9 @@ use gantry_cri_api::v1::MetricType;
 /// Labels that every metric has, in this order. The kubelet pairs keys and values by their place.
 pub const LABELS: [&str; 6] = ["container", "id", "image", "name", "namespace", "pod"];
 
+/// How names of a network's metrics begin; their label is the interface.
+pub const NETWORK: &str = "container_network_";
+
 /// A metric that is served.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Metric {
@@ -131,7 +134,7 @@ served! {
     SPEC_CPU_QUOTA = gauge("container_spec_cpu_quota", "Its CPU quota a period in microseconds.");
     SPEC_CPU_SHARES = gauge("container_spec_cpu_shares", "Its share of the CPU relative to others.");
     SPEC_MEMORY_LIMIT = gauge("container_spec_memory_limit_bytes", "Its memory limit; 0 is none.");
-    SPEC_MEMORY_RESERVATION = gauge("container_spec_memory_reservation_limit_bytes", "Memory that is reclaimed from it last; 0 is none.");
+    SPEC_MEMORY_RESERVATION = gauge("container_spec_memory_reservation_limit_bytes", "Memory that is kept for it when others want it; 0 is none.");
     SPEC_MEMORY_SWAP = gauge("container_spec_memory_swap_limit_bytes", "Its limit of swap, on cgroup v1 with memory; 0 is none.");
 
     PSI_CPU_SOME = counter("container_pressure_cpu_waiting_seconds_total", "Time for which some of its tasks waited for a CPU.").on_v2();
