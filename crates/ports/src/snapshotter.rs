@@ -28,6 +28,14 @@ pub struct Usage {
     pub inodes: u64,
 }
 
+/// What a walk through a snapshot has counted.
+#[derive(Debug)]
+pub enum Measured {
+    Whole(Usage),
+    /// Of a tree larger than what the walk may cost, with the bound that it met.
+    AtLeast(Usage, Error),
+}
+
 /// How deletions are written into a staged layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whiteouts {
@@ -144,8 +152,9 @@ pub trait Snapshotter: Send + Sync + 'static {
     /// Unmounts `target`; not mounted is success.
     fn unmount(&self, target: &Path) -> Result<(), Error>;
 
-    /// What the writable part of a prepared snapshot occupies, volumes included.
-    fn usage(&self, container: &ContainerId) -> Result<Usage, Error>;
+    /// What the writable part of a prepared snapshot occupies, volumes included. NotFound for a
+    /// container without one.
+    fn usage(&self, container: &ContainerId) -> Result<Measured, Error>;
 
     /// Containers that have a snapshot.
     fn snapshots(&self) -> Result<Vec<ContainerId>, Error>;

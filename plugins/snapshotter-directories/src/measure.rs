@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use gantry_ports::Error;
-use gantry_ports::snapshotter::Usage;
+use gantry_ports::snapshotter::{Measured, Usage};
 use gantry_types::ErrorKind;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -25,27 +25,34 @@ const OPEN_MAX: usize = 64;
 /// # Errors
 /// A root that does not exist or is no directory, and whatever keeps a directory from being read.
 pub fn measure(roots: &[PathBuf]) -> Result<Usage, Error> {
-    measure_within(roots, Bounds::default())
+    match measure_within(roots, Bounds::default())? {
+        Measured::Whole(usage) => Ok(usage),
+        Measured::AtLeast(_, error) => Err(error),
+    }
 }
 
-/// As [`measure()`] for trees that somebody may make larger than is good.
-pub(crate) fn measure_within(roots: &[PathBuf], bounds: Bounds) -> Result<Usage, Error> {
+/// As [`measure()`] for trees that somebody may make larger than is good: what was counted up to a
+/// bound is in them at least.
+pub(crate) fn measure_within(roots: &[PathBuf], bounds: Bounds) -> Result<Measured, Error> {
     let mut walk = Walk {
         deadline: Instant::now().checked_add(bounds.time),
         bounds,
         ..Walk::default()
     };
     for root in roots {
-        walk.tree(root, |_| ()).map_err(|stop| match stop {
-            Stop::Failed(error) => {
-                Error::io(format_args!("measure {}", root.display()), error.into())
+        match walk.tree(root, |_| ()) {
+            Ok(()) => {}
+            Err(Stop::Failed(error)) => {
+                let what = format_args!("measure {}", root.display());
+                return Err(Error::io(what, error.into()));
             }
-            Stop::Bound(kind, bound) => {
-                Error::new(kind, format!("measure {}: {bound}", root.display()))
+            Err(Stop::Bound(kind, bound)) => {
+                let error = Error::new(kind, format!("measure {}: {bound}", root.display()));
+                return Ok(Measured::AtLeast(walk.usage, error));
             }
-        })?;
+        }
     }
-    Ok(walk.usage)
+    Ok(Measured::Whole(walk.usage))
 }
 
 /// What a walk may cost. The default is as much as there is.
@@ -373,7 +380,11 @@ mod tests {
             time: Duration::from_secs(600),
             held: 20 * (HELD_EACH + 2),
         };
-        assert_eq!(within(enough).unwrap(), whole);
+        let counted = |bounds| match within(bounds).unwrap() {
+            Measured::Whole(usage) => usage,
+            Measured::AtLeast(_, error) => panic!("{error}"),
+        };
+        assert_eq!(counted(enough), whole);
         let table = [
             (
                 Bounds {
@@ -381,6 +392,7 @@ mod tests {
                     ..enough
                 },
                 ErrorKind::ResourceExhausted,
+                20,
             ),
             (
                 Bounds {
@@ -388,6 +400,7 @@ mod tests {
                     ..enough
                 },
                 ErrorKind::ResourceExhausted,
+                1,
             ),
             (
                 Bounds {
@@ -395,10 +408,15 @@ mod tests {
                     ..enough
                 },
                 ErrorKind::DeadlineExceeded,
+                1,
             ),
         ];
-        for (bounds, kind) in table {
-            let error = within(bounds).unwrap_err();
+        for (bounds, kind, least) in table {
+            let Measured::AtLeast(part, error) = within(bounds).unwrap() else {
+                panic!("{bounds:?} held nothing up");
+            };
+            assert!((least..=whole.inodes).contains(&part.inodes), "{part:?}");
+            assert!(part.bytes <= whole.bytes, "{part:?}");
             assert_eq!(error.kind(), kind, "{bounds:?}: {error}");
             assert!(error.to_string().contains(&roots[0].display().to_string()));
         }
@@ -407,7 +425,7 @@ mod tests {
             held: 10 * (HELD_EACH + 2),
             ..enough
         };
-        assert_eq!(within(held).unwrap(), whole);
+        assert_eq!(counted(held), whole);
     }
 
     #[test]

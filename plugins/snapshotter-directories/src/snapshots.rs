@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use gantry_ports::Error;
-use gantry_ports::snapshotter::Usage;
+use gantry_ports::snapshotter::Measured;
 use gantry_types::{ContainerId, ErrorKind};
 
 use crate::layout::{self, Layout};
@@ -72,8 +72,9 @@ const BOUNDS: Bounds = Bounds {
 /// What a container's snapshot occupies, volumes included.
 ///
 /// # Errors
-/// As [`crate::measure()`]; ResourceExhausted or DeadlineExceeded for a tree that is too large.
-pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Usage, Error> {
+/// As [`crate::measure()`]. A tree that is too large is counted in part, with ResourceExhausted or
+/// DeadlineExceeded.
+pub fn usage(layout: &Layout, container: &ContainerId) -> Result<Measured, Error> {
     let snapshot = layout.snapshot(container);
     let mut roots = vec![snapshot.join("fs")];
     // Most containers have no volumes.

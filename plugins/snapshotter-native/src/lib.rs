@@ -16,7 +16,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
-use gantry_ports::snapshotter::{Owner, Snapshotter, Stage, Usage, Whiteouts};
+use gantry_ports::snapshotter::{Measured, Owner, Snapshotter, Stage, Usage, Whiteouts};
 use gantry_snapshotter_directories::{Layout, layers, measure, mounts, snapshots};
 use gantry_types::{ContainerId, Digest};
 
@@ -174,7 +174,7 @@ impl Snapshotter for Native {
         views::remove(&self.layout, target)
     }
 
-    fn usage(&self, container: &ContainerId) -> Result<Usage, Error> {
+    fn usage(&self, container: &ContainerId) -> Result<Measured, Error> {
         snapshots::usage(&self.layout, container)
     }
 

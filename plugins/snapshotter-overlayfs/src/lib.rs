@@ -12,7 +12,7 @@ mod snapshots;
 use std::path::{Path, PathBuf};
 
 use gantry_ports::Error;
-use gantry_ports::snapshotter::{Owner, Snapshotter, Stage, Usage, Whiteouts};
+use gantry_ports::snapshotter::{Measured, Owner, Snapshotter, Stage, Usage, Whiteouts};
 use gantry_snapshotter_directories::{Layout, layers, mounts, snapshots as directories};
 use gantry_types::{ContainerId, Digest};
 
@@ -125,7 +125,7 @@ impl Snapshotter for Overlayfs {
         mounts::unmount(target)
     }
 
-    fn usage(&self, container: &ContainerId) -> Result<Usage, Error> {
+    fn usage(&self, container: &ContainerId) -> Result<Measured, Error> {
         directories::usage(&self.layout, container)
     }
 

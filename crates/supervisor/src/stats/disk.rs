@@ -5,20 +5,22 @@
 //! one tree after the other, as long as there are any, and at the lowest priority. A tree is looked
 //! at again after [`REFRESH`], or after [`SHARE`] times as long as the walk took if that is more:
 //! the share of a CPU that a container can cost by making files is bounded. What does not run cannot
-//! change and is measured once. A walk has bounds, which the snapshotter knows: a tree that is larger
-//! keeps the number it had, and is tried again ever less often, so that it cannot keep others from
-//! theirs.
+//! change and is measured once. A walk has bounds, which the snapshotter knows: of a tree that is
+//! larger, what was counted is told if it is more than what was known, for a kubelet takes no number
+//! for nothing written and evicts others. It is tried again ever less often, so that it cannot keep
+//! others from theirs.
 //!
 //! Only for a container of which nothing is known yet a call waits, once and for [`FIRST`] at most:
 //! who asks once gets a number for all but huge trees, and a disk that hangs holds up nobody twice.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use gantry_ports::Snapshotter;
-use gantry_ports::snapshotter::Usage;
+use gantry_ports::snapshotter::{Measured, Usage};
 use gantry_types::{ContainerId, ContainerState, ErrorKind, Kind};
 use tokio::sync::watch;
 
@@ -94,6 +96,7 @@ impl Subject {
     }
 }
 
+#[derive(Clone)]
 struct Known {
     usage: Option<DiskUsage>,
     phase: Phase,
@@ -110,7 +113,16 @@ struct State {
     awaited: HashSet<ContainerId>,
     queue: VecDeque<Subject>,
     queued: HashSet<ContainerId>,
+    /// What the thread is at.
+    walked: Option<ContainerId>,
     working: bool,
+}
+
+impl State {
+    /// Whether a number of it may still come.
+    fn expects(&self, id: &ContainerId) -> bool {
+        self.queued.contains(id) || self.walked.as_ref() == Some(id)
+    }
 }
 
 pub struct Disks {
@@ -157,7 +169,7 @@ impl Disks {
         unknown
     }
 
-    /// Waits until there is something of these, or [`FIRST`] has passed.
+    /// Waits until there is something of these, or they have gone, or [`FIRST`] has passed.
     pub async fn wait(&self, mut unknown: Vec<ContainerId>) {
         let mut measured = self.measured.subscribe();
         let all = async {
@@ -165,7 +177,7 @@ impl Disks {
                 measured.mark_unchanged();
                 {
                     let state = self.lock();
-                    unknown.retain(|id| !state.known.contains_key(id));
+                    unknown.retain(|id| !state.known.contains_key(id) && state.expects(id));
                 }
                 if unknown.is_empty() || measured.changed().await.is_err() {
                     return;
@@ -212,31 +224,27 @@ impl Disks {
                     return;
                 };
                 state.queued.remove(&subject.id);
+                state.walked = Some(subject.id.clone());
                 subject
             };
             let began = Instant::now();
             let containers = subject.snapshotter.containers();
             let file_system = file_systems.entry(containers.to_owned());
             let file_system = file_system.or_insert_with(|| Arc::new(file_system_of(containers)));
-            let measured = subject.snapshotter.usage(&subject.id);
+            // Its hook has written what has happened. The others want their numbers still.
+            let walk = || subject.snapshotter.usage(&subject.id);
+            let measured = catch_unwind(AssertUnwindSafe(walk))
+                .unwrap_or_else(|_| Err(gantry_ports::Error::internal("the walk panicked")));
             let took = began.elapsed();
-            let failures = self.lock().known.get(&subject.id).map(|old| old.failures);
-            let failures = failures.unwrap_or_default();
-            let known = note(&subject, measured, took, failures, file_system);
+            let old = self.lock().known.get(&subject.id).cloned();
+            let known = note(&subject, measured, took, old, file_system);
             let mut state = self.lock();
+            state.walked = None;
             match known {
-                Some(known) => {
-                    let kept = state.known.remove(&subject.id).and_then(|old| old.usage);
-                    let usage = known.usage.or(kept);
-                    state
-                        .known
-                        .insert(subject.id.clone(), Known { usage, ..known });
-                }
+                Some(known) => state.known.insert(subject.id, known),
                 // It was removed meanwhile.
-                None => {
-                    state.known.remove(&subject.id);
-                }
-            }
+                None => state.known.remove(&subject.id),
+            };
             drop(state);
             self.measured.send_modify(|count| *count += 1);
         }
@@ -249,42 +257,61 @@ impl Known {
     }
 }
 
-/// `None` for a container that has no snapshot.
+/// What is known after a walk, from what was known before. `None` for a container that has no
+/// snapshot.
 fn note(
     subject: &Subject,
-    measured: Result<Usage, gantry_ports::Error>,
+    measured: Result<Measured, gantry_ports::Error>,
     took: Duration,
-    failures: u32,
+    old: Option<Known>,
     file_system: &Arc<FileSystem>,
 ) -> Option<Known> {
     let phase = subject.phase;
-    match measured {
-        Ok(usage) => Some(Known {
-            usage: Some(DiskUsage {
-                at: now_ns(),
-                bytes: usage.bytes,
-                inodes: usage.inodes,
-                file_system: Arc::clone(file_system),
-            }),
-            phase,
-            failures: 0,
-            due: (phase == Phase::Running)
-                .then(|| Instant::now() + REFRESH.max(took.saturating_mul(SHARE))),
-        }),
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => {
-            match failures {
-                0 => tracing::warn!(container = %subject.id, %error, "disk usage not measured"),
-                _ => tracing::debug!(container = %subject.id, %error, "disk usage not measured"),
-            }
-            let retry = RETRY.saturating_mul(1 << failures.min(16)).min(RETRY_MAX);
-            Some(Known {
-                usage: None,
+    let counted = |usage: Usage| DiskUsage {
+        at: now_ns(),
+        bytes: usage.bytes,
+        inodes: usage.inodes,
+        file_system: Arc::clone(file_system),
+    };
+    let failures = old.as_ref().map_or(0, |old| old.failures);
+    let kept = old.and_then(|old| old.usage);
+    let (usage, error) = match measured {
+        Ok(Measured::Whole(usage)) => {
+            return Some(Known {
+                usage: Some(counted(usage)),
                 phase,
-                failures: failures.saturating_add(1),
-                due: Some(Instant::now() + retry.max(took.saturating_mul(SHARE))),
-            })
+                failures: 0,
+                due: (phase == Phase::Running)
+                    .then(|| Instant::now() + REFRESH.max(took.saturating_mul(SHARE))),
+            });
         }
+        Ok(Measured::AtLeast(part, error)) => (Some(at_least(counted(part), kept)), error),
+        Err(error) if error.kind() == ErrorKind::NotFound => return None,
+        Err(error) => (kept, error),
+    };
+    match failures {
+        0 => tracing::warn!(container = %subject.id, %error, "disk usage not measured"),
+        _ => tracing::debug!(container = %subject.id, %error, "disk usage not measured"),
+    }
+    let retry = RETRY.saturating_mul(1 << failures.min(16)).min(RETRY_MAX);
+    Some(Known {
+        usage,
+        phase,
+        failures: failures.saturating_add(1),
+        due: Some(Instant::now() + retry.max(took.saturating_mul(SHARE))),
+    })
+}
+
+/// What is counted of a part, or what was known if that is more.
+fn at_least(part: DiskUsage, known: Option<DiskUsage>) -> DiskUsage {
+    match known {
+        Some(known) if known.bytes >= part.bytes && known.inodes >= part.inodes => known,
+        Some(known) => DiskUsage {
+            bytes: part.bytes.max(known.bytes),
+            inodes: part.inodes.max(known.inodes),
+            ..part
+        },
+        None => part,
     }
 }
 
@@ -340,8 +367,11 @@ mod tests {
 
     /// What keeps a container's next walk from its end.
     enum Tree {
-        /// The walk ends at its bounds.
-        Huge,
+        /// The walk ends at its bounds, with so much counted.
+        Huge(u64),
+        /// There is none any more.
+        Gone,
+        Panics,
         /// The walk goes on when it is told.
         Hangs(mpsc::Receiver<()>),
     }
@@ -368,19 +398,21 @@ mod tests {
     }
 
     impl Snapshotter for Fake {
-        fn usage(&self, container: &ContainerId) -> Result<Usage, Error> {
+        fn usage(&self, container: &ContainerId) -> Result<Measured, Error> {
             self.walks.lock().unwrap().push(container.clone());
-            let small = Usage {
-                bytes: 1,
-                inodes: 1,
-            };
+            let small = Measured::Whole(Usage {
+                bytes: 5,
+                inodes: 5,
+            });
             let tree = self.trees.lock().unwrap().remove(container);
             match tree {
                 None => Ok(small),
-                Some(Tree::Huge) => {
-                    let error = "not at its end";
-                    Err(Error::new(ErrorKind::DeadlineExceeded, error))
+                Some(Tree::Huge(inodes)) => {
+                    let error = Error::new(ErrorKind::DeadlineExceeded, "not at its end");
+                    Ok(Measured::AtLeast(Usage { bytes: 3, inodes }, error))
                 }
+                Some(Tree::Gone) => Err(Error::new(ErrorKind::NotFound, "no snapshot")),
+                Some(Tree::Panics) => panic!("a walk that panics"),
                 Some(Tree::Hangs(told)) => {
                     let _ = told.recv();
                     Ok(small)
@@ -489,13 +521,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_huge_tree_keeps_its_number_and_nobody_from_theirs() {
+    async fn a_huge_tree_has_what_was_counted_and_keeps_nobody_from_theirs() {
         let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
-        fake.set(1, Tree::Huge);
+        fake.set(1, Tree::Huge(3));
         disks
             .wait(disks.ask(&subjects(&fake, Phase::Created)))
             .await;
-        assert_eq!(disks.usage(&id(1)), None);
+        let counted = || {
+            let usage = disks.usage(&id(1)).unwrap();
+            (usage.bytes, usage.inodes)
+        };
+        assert_eq!(counted(), (3, 3), "better than nothing");
         assert!(disks.usage(&id(2)).is_some() && disks.usage(&id(3)).is_some());
         // It is left alone, and no call waits for it.
         assert_eq!(disks.ask(&subjects(&fake, Phase::Created)), []);
@@ -512,11 +548,41 @@ mod tests {
         };
         measured(Phase::Running, 6).await;
         let number = disks.usage(&id(1));
-        assert!(number.is_some());
-        fake.set(1, Tree::Huge);
+        assert_eq!(counted(), (5, 5));
+        fake.set(1, Tree::Huge(4));
         measured(Phase::Ended, 9).await;
         assert_eq!(fake.walks_of(1), 3);
-        assert_eq!(disks.usage(&id(1)), number, "the one it had");
+        assert_eq!(disks.usage(&id(1)), number, "the one it had is more");
+        fake.set(1, Tree::Huge(8));
+        measured(Phase::Running, 12).await;
+        assert_eq!(counted(), (5, 8), "each is at least that");
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_what_has_gone() {
+        let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
+        fake.set(2, Tree::Gone);
+        let began = Instant::now();
+        let asked = disks.ask(&subjects(&fake, Phase::Running));
+        assert_eq!(asked.len(), 3);
+        disks.wait(asked).await;
+        assert!(began.elapsed() < FIRST);
+        assert_eq!(disks.usage(&id(2)), None);
+        assert!(disks.usage(&id(3)).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_walk_that_panics_keeps_nobody_from_theirs() {
+        let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
+        fake.set(1, Tree::Panics);
+        disks
+            .wait(disks.ask(&subjects(&fake, Phase::Running)))
+            .await;
+        assert_eq!(disks.usage(&id(1)), None);
+        assert!(disks.usage(&id(2)).is_some() && disks.usage(&id(3)).is_some());
+        // It is left alone as what cannot be measured.
+        assert_eq!(disks.ask(&subjects(&fake, Phase::Running)), []);
+        assert_eq!(fake.walks_of(1), 1);
     }
 
     #[tokio::test]
@@ -554,9 +620,15 @@ mod tests {
     fn what_cannot_be_measured_is_tried_ever_less_often() {
         let subject = subjects(&Arc::default(), Phase::Running).remove(0);
         let again = |failures, took| {
-            let huge = Err(Error::new(ErrorKind::ResourceExhausted, "too many"));
+            let failed = Err(Error::new(ErrorKind::PermissionDenied, "not ours"));
+            let old = Known {
+                usage: None,
+                phase: Phase::Running,
+                failures,
+                due: None,
+            };
             let now = Instant::now();
-            let known = note(&subject, huge, took, failures, &Arc::default()).unwrap();
+            let known = note(&subject, failed, took, Some(old), &Arc::default()).unwrap();
             assert_eq!(
                 (known.usage, known.failures),
                 (None, failures.saturating_add(1))

@@ -157,6 +157,21 @@ fn a_pod_with_a_cgroup_of_its_own_has_metrics_of_it() {
             let shared = node.host_pod("shared").await;
             let other = node.run(&shared, &sleeper("d", &image)).await;
             let all = scrape(node).await;
+            // As the kernel gives it to who asks for nothing.
+            let period = of(&all, "container_spec_cpu_period", "");
+            assert_eq!((period.value, &period.labels["id"]), (100_000, &parent));
+            assert_eq!(
+                of(&all, "container_spec_cpu_shares", "").labels["id"],
+                parent
+            );
+            let unlimited = of(&all, "container_spec_memory_swap_limit_bytes", "");
+            assert_eq!(unlimited.value, 0);
+            for name in all.keys() {
+                assert!(
+                    !name.contains("_cfs_") && !name.ends_with("_quota"),
+                    "{name}"
+                );
+            }
             let whole = of(&all, "container_memory_usage_bytes", "");
             assert_eq!(whole.labels["id"], parent);
             assert_eq!(
