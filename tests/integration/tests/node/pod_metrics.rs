@@ -71,6 +71,8 @@ fn metrics_of_a_container_are_what_the_kernel_counts() {
                 memory_limit_in_bytes: 64 << 20,
                 ..Default::default()
             };
+            let named = config.image.as_mut().unwrap();
+            named.user_specified_image = "as-the-pod-names-it".to_owned();
             let id = node.run(&pod, &config).await;
             node.has_written(&pod, "c", "open").await;
             let cgroup = node.cgroup(&id).await;
@@ -108,7 +110,8 @@ fn metrics_of_a_container_are_what_the_kernel_counts() {
             ] {
                 assert_eq!(value(name), expected, "{name}");
             }
-            let started = node.status(&id).await.started_at / 1_000_000_000;
+            let status = node.status(&id).await;
+            let started = status.started_at / 1_000_000_000;
             let started = u64::try_from(started).unwrap();
             assert_eq!(value("container_start_time_seconds"), started);
             assert!(value("container_last_seen") >= started);
@@ -126,6 +129,7 @@ fn metrics_of_a_container_are_what_the_kernel_counts() {
             let labels = &of(&all, "container_memory_rss", "c").labels;
             assert_eq!(labels["name"], id);
             assert_eq!(labels["image"], image);
+            assert_eq!(labels["image"], status.image.unwrap().image);
             assert_eq!(labels["pod"], "counted");
             let metadata = pod.config.metadata.clone().unwrap();
             assert_eq!(labels["namespace"], metadata.namespace);

@@ -29,7 +29,7 @@ use table::{LABELS, Metric, On};
 const DEFAULT_PERIOD: u64 = 100_000;
 /// Interfaces that cAdvisor leaves out, by how their names begin, in whatever case.
 const LEFT_OUT: [&str; 4] = ["lo", "veth", "docker", "nerdctl"];
-/// Interfaces of a pod. Each is eight series, which a pod that may make interfaces pays nothing for.
+/// Interfaces of a pod. Each is eight series, and it costs a pod nothing to make one.
 const INTERFACES: usize = 32;
 
 impl Runtime {
