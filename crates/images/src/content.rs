@@ -46,10 +46,15 @@ pub struct Content {
 struct Inner {
     root: PathBuf,
     serial: AtomicU64,
-    /// Bytes of all blobs, so that nobody has to walk the disk to tell.
-    used: AtomicU64,
-    blobs: AtomicU64,
+    settled: Mutex<Settled>,
     parts: Mutex<Parts>,
+}
+
+/// All blobs, so that nobody has to walk the disk to tell.
+#[derive(Debug, Default)]
+struct Settled {
+    bytes: u64,
+    blobs: u64,
 }
 
 /// What is in `ingest` of downloads.
@@ -135,8 +140,7 @@ impl Content {
         let inner = Inner {
             root: root.to_owned(),
             serial: AtomicU64::new(0),
-            used: AtomicU64::new(0),
-            blobs: AtomicU64::new(0),
+            settled: Mutex::default(),
             parts: Mutex::default(),
         };
         let content = Self {
@@ -188,25 +192,29 @@ impl Content {
             .files
             .values()
             .map(|size| size.load(Ordering::Relaxed));
-        let settled = self.inner.used.load(Ordering::Relaxed);
+        let settled = self.settled_now();
         (
-            bytes.fold(settled, u64::saturating_add),
-            self.inner.blobs.load(Ordering::Relaxed) + parts.files.len() as u64,
+            bytes.fold(settled.bytes, u64::saturating_add),
+            settled.blobs + parts.files.len() as u64,
         )
     }
 
     fn account(&self, size: u64) {
-        self.inner.used.fetch_add(size, Ordering::Relaxed);
-        self.inner.blobs.fetch_add(1, Ordering::Relaxed);
+        let mut settled = self.settled_now();
+        settled.bytes += size;
+        settled.blobs += 1;
     }
 
     fn discount(&self, size: u64) {
         // A blob that somebody else put there was never counted.
-        for (counter, less) in [(&self.inner.used, size), (&self.inner.blobs, 1)] {
-            let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |counted| {
-                Some(counted.saturating_sub(less))
-            });
-        }
+        let mut settled = self.settled_now();
+        settled.bytes = settled.bytes.saturating_sub(size);
+        settled.blobs = settled.blobs.saturating_sub(1);
+    }
+
+    fn settled_now(&self) -> MutexGuard<'_, Settled> {
+        let settled = self.inner.settled.lock();
+        settled.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn ingest_dir(&self) -> PathBuf {
