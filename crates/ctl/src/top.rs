@@ -210,16 +210,11 @@ fn sent(interface: &cri::NetworkInterfaceUsage) -> &Option<cri::UInt64Value> {
     &interface.tx_bytes
 }
 
-/// `interfaces` may or may not have the default one among them.
+/// Of all interfaces: `interfaces` are those beside the default one.
 fn traffic(network: Option<&cri::NetworkUsage>, counter: Counter) -> Option<Count> {
     let network = network?;
-    let default = network.default_interface.as_ref();
-    let others = network
-        .interfaces
-        .iter()
-        .filter(|other| default.is_none_or(|default| default.name != other.name));
-    let counts = default.into_iter().chain(others);
-    let value = counts.filter_map(|interface| number(counter(interface)));
+    let all = network.default_interface.iter().chain(&network.interfaces);
+    let value = all.filter_map(|interface| number(counter(interface)));
     let value = value.fold(0, u64::saturating_add);
     Some(Count {
         at: network.timestamp,
@@ -471,7 +466,7 @@ mod tests {
                 network: Some(cri::NetworkUsage {
                     timestamp: at * 1_000_000_000,
                     default_interface: Some(interface("eth0", traffic)),
-                    interfaces: vec![interface("eth0", traffic), interface("net1", traffic)],
+                    interfaces: vec![interface("net1", traffic)],
                 }),
                 process: Some(cri::ProcessUsage {
                     timestamp: at,

@@ -140,9 +140,7 @@ fn pod(stats: &PodStats) -> cri::PodSandboxStats {
             network: stats
                 .interfaces
                 .as_deref()
-                // A kubelet reads the default interface without looking whether there is one.
-                .filter(|interfaces| !interfaces.is_empty())
-                .map(|interfaces| network(usage.at, interfaces)),
+                .and_then(|interfaces| network(usage.at, interfaces)),
             process: process_count.map(|count| cri::ProcessUsage {
                 timestamp: usage.at,
                 process_count: Some(count),
@@ -237,16 +235,17 @@ fn disk(disk: &DiskUsage) -> cri::FilesystemUsage {
     }
 }
 
-fn network(at: i64, interfaces: &[Interface]) -> cri::NetworkUsage {
-    let interfaces: Vec<_> = interfaces.iter().map(interface).collect();
-    let default = interfaces
-        .iter()
-        .find(|each| each.name == DEFAULT_INTERFACE);
-    cri::NetworkUsage {
+/// CRI's `interfaces` are those beside the default one. `None` without any: a kubelet reads the
+/// default one without looking whether it is there.
+fn network(at: i64, interfaces: &[Interface]) -> Option<cri::NetworkUsage> {
+    let named = |each: &Interface| each.name == DEFAULT_INTERFACE;
+    let default = interfaces.iter().position(named).unwrap_or_default();
+    let mut interfaces: Vec<_> = interfaces.iter().map(interface).collect();
+    (!interfaces.is_empty()).then(|| cri::NetworkUsage {
         timestamp: at,
-        default_interface: default.or(interfaces.first()).cloned(),
+        default_interface: Some(interfaces.remove(default)),
         interfaces,
-    }
+    })
 }
 
 fn interface(interface: &Interface) -> cri::NetworkInterfaceUsage {
@@ -360,12 +359,17 @@ mod tests {
                     ..Interface::default()
                 })
                 .collect();
-            let network = network(1, &interfaces);
-            assert_eq!(network.interfaces.len(), names.len());
-            network.default_interface.map(|default| default.name)
+            let network = network(1, &interfaces)?;
+            let others = network.interfaces.into_iter().map(|other| other.name);
+            Some((network.default_interface.unwrap().name, others.collect()))
         };
-        assert_eq!(named(&["net1", "eth0"]).as_deref(), Some("eth0"));
-        assert_eq!(named(&["net1", "net2"]).as_deref(), Some("net1"));
+        let told = |default: &str, others: &[&str]| {
+            let others: Vec<_> = others.iter().map(|&name| name.to_owned()).collect();
+            Some((default.to_owned(), others))
+        };
+        assert_eq!(named(&["net1", "eth0", "a"]), told("eth0", &["net1", "a"]));
+        assert_eq!(named(&["net1", "net2"]), told("net1", &["net2"]));
+        assert_eq!(named(&["eth0"]), told("eth0", &[]));
         assert_eq!(named(&[]), None);
     }
 }
