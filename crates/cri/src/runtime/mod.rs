@@ -41,11 +41,6 @@ impl Runtime {
     }
 }
 
-/// Pods a message, of those that say much of each: a pod's metrics are some twenty kilobytes for
-/// each of its containers.
-const PODS_WITH_STATS: usize = 50;
-const PODS_WITH_METRICS: usize = 8;
-
 #[tonic::async_trait]
 impl RuntimeService for Runtime {
     async fn version(&self, _: Request<cri::VersionRequest>) -> Answer<cri::VersionResponse> {
@@ -280,8 +275,7 @@ impl RuntimeService for Runtime {
         request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Answer<Self::StreamPodSandboxStatsStream> {
         let items = self.list_pod_stats(request.into_inner().filter).await?;
-        Ok(Response::new(crate::stream::chunks_of(
-            PODS_WITH_STATS,
+        Ok(Response::new(crate::stream::chunks(
             items,
             |pod_sandbox_stats| cri::StreamPodSandboxStatsResponse { pod_sandbox_stats },
         )))
@@ -333,9 +327,8 @@ impl RuntimeService for Runtime {
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
         let items = self.pod_metrics().await?;
-        Ok(Response::new(crate::stream::chunks_of(
-            PODS_WITH_METRICS,
-            items.collect(),
+        Ok(Response::new(crate::stream::chunks(
+            items,
             |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse {
                 pod_sandbox_metrics,
             },
