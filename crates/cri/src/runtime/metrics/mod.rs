@@ -8,6 +8,8 @@ mod not_served;
 mod reply;
 mod table;
 
+use std::collections::HashMap;
+
 use gantry_cri_api::v1 as cri;
 use gantry_supervisor::Cgroups;
 use gantry_supervisor::registry::PodView;
@@ -42,7 +44,8 @@ impl Runtime {
     pub(super) async fn pod_metrics(
         &self,
     ) -> Result<impl Iterator<Item = cri::PodSandboxMetrics>, Status> {
-        let pods = self.supervisor.pod_details().await.map_err(status)?;
+        let mut pods = self.supervisor.pod_details().await.map_err(status)?;
+        tell_own_cgroups_once(&mut pods);
         Ok(pods.into_iter().map(|pod| self.metrics_of_pod(&pod)))
     }
 
@@ -353,6 +356,31 @@ fn limits_of(asked: &cri::LinuxContainerResources, swap: bool, v2: bool) -> Limi
     }
 }
 
+/// Two sandboxes of one pod may be ready at once. A series that comes twice is an error to
+/// Prometheus, so the later one has those of the cgroup that both are in.
+fn tell_own_cgroups_once(pods: &mut [PodStats]) {
+    let order = |pod: &PodStats| {
+        let facts = &pod.view.facts;
+        (facts.record.created_at, facts.id.clone())
+    };
+    let mut last = HashMap::new();
+    for pod in pods.iter().filter(|pod| pod.own_cgroup) {
+        let known = last.entry(cgroup_parent(pod).to_owned());
+        let known = known.or_insert_with(|| order(pod));
+        if *known < order(pod) {
+            *known = order(pod);
+        }
+    }
+    for pod in pods {
+        pod.own_cgroup = last.get(cgroup_parent(pod)) == Some(&order(pod));
+    }
+}
+
+fn cgroup_parent(pod: &PodStats) -> &str {
+    let linux = pod.view.facts.config.linux.as_ref();
+    linux.map_or("", |linux| linux.cgroup_parent.as_str())
+}
+
 /// Of a pod's network and of its own cgroup.
 fn pod_metrics(cgroups: &Cgroups, pod: &PodStats) -> Vec<cri::Metric> {
     let facts = &pod.view.facts;
@@ -365,9 +393,7 @@ fn pod_metrics(cgroups: &Cgroups, pod: &PodStats) -> Vec<cri::Metric> {
         metrics.network(interfaces);
     }
     if pod.own_cgroup {
-        let parent = facts.config.linux.as_ref();
-        let parent = parent.map_or("", |linux| linux.cgroup_parent.as_str());
-        let dir = cgroups.parent_dir(parent).unwrap_or_default();
+        let dir = cgroups.parent_dir(cgroup_parent(pod)).unwrap_or_default();
         metrics.labels = labels(&pod.view, "", cgroups.name(&dir), String::new(), "");
         let limits = pod.details.as_ref().and_then(|details| details.limits);
         let limits = limits.unwrap_or_default();
