@@ -522,13 +522,22 @@ mod tests {
         (1..=3).map(subject).collect()
     }
 
+    /// Waits until so many trees were walked, or tried.
+    async fn walked(disks: &Disks, walks: u64) {
+        let mut measured = disks.measured.subscribe();
+        let done = measured.wait_for(|count| *count >= walks);
+        tokio::time::timeout(Duration::from_secs(60), done)
+            .await
+            .unwrap()
+            .unwrap();
+    }
+
     #[tokio::test]
     async fn a_huge_tree_has_what_was_counted_and_keeps_nobody_from_theirs() {
         let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
         fake.set(1, Tree::Huge(3));
-        disks
-            .wait(disks.ask(&subjects(&fake, Phase::Created)))
-            .await;
+        disks.ask(&subjects(&fake, Phase::Created));
+        walked(&disks, 3).await;
         let counted = || {
             let usage = disks.usage(&id(1)).unwrap();
             (usage.bytes, usage.inodes)
@@ -541,12 +550,7 @@ mod tests {
 
         let measured = async |phase, walks| {
             disks.ask(&subjects(&fake, phase));
-            let mut measured = disks.measured.subscribe();
-            let done = measured.wait_for(|count| *count >= walks);
-            tokio::time::timeout(Duration::from_secs(60), done)
-                .await
-                .unwrap()
-                .unwrap();
+            walked(&disks, walks).await;
         };
         measured(Phase::Running, 6).await;
         let number = disks.usage(&id(1));
@@ -564,9 +568,10 @@ mod tests {
     async fn nobody_waits_for_what_has_gone() {
         let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
         fake.set(2, Tree::Gone);
-        let began = Instant::now();
         let asked = disks.ask(&subjects(&fake, Phase::Running));
         assert_eq!(asked.len(), 3);
+        walked(&disks, 3).await;
+        let began = Instant::now();
         disks.wait(asked).await;
         assert!(began.elapsed() < FIRST);
         assert_eq!(disks.usage(&id(2)), None);
@@ -577,9 +582,8 @@ mod tests {
     async fn a_walk_that_panics_keeps_nobody_from_theirs() {
         let (disks, fake) = (Arc::<Disks>::default(), Arc::<Fake>::default());
         fake.set(1, Tree::Panics);
-        disks
-            .wait(disks.ask(&subjects(&fake, Phase::Running)))
-            .await;
+        disks.ask(&subjects(&fake, Phase::Running));
+        walked(&disks, 3).await;
         assert_eq!(disks.usage(&id(1)), None);
         assert!(disks.usage(&id(2)).is_some() && disks.usage(&id(3)).is_some());
         // It is left alone as what cannot be measured.
@@ -609,12 +613,7 @@ mod tests {
             "nobody waits again"
         );
         go_on.send(()).unwrap();
-        let mut measured = disks.measured.subscribe();
-        let done = measured.wait_for(|count| *count >= 3);
-        tokio::time::timeout(Duration::from_secs(60), done)
-            .await
-            .unwrap()
-            .unwrap();
+        walked(&disks, 3).await;
         assert!(disks.usage(&id(2)).is_some() && disks.usage(&id(3)).is_some());
         assert_eq!(fake.walks_of(2), 1, "it was not asked for anew meanwhile");
     }
