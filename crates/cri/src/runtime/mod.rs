@@ -316,7 +316,7 @@ impl RuntimeService for Runtime {
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
         let reply = metrics::Reply::of(self.pod_metrics().await?);
         Ok(Response::new(cri::ListPodSandboxMetricsResponse {
-            pod_metrics: reply.send(),
+            pod_metrics: reply.send()?,
         }))
     }
 

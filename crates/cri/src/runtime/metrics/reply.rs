@@ -3,12 +3,14 @@
 //! A kubelet takes [`TAKEN`] bytes and of a larger message nothing at all: its `/metrics/cadvisor`
 //! would be empty. Some 400 containers with long names come near that. So there is an order in which
 //! metrics go, for all pods alike, as far as is needed: a family that is there is whole. CPU time,
-//! memory, usage of disks and the first interface of each pod always stay.
+//! memory in use and the bytes of each pod's first interface always stay. Where these alone are too
+//! many, the call is refused: of a pod that is left out a kubelet would think that it uses nothing.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gantry_cri_api::v1 as cri;
 use prost::Message;
+use tonic::Status;
 
 use super::table::{self, Metric};
 
@@ -79,6 +81,34 @@ pub const STEPS: &[Step] = &[
         &table::LAST_SEEN,
         &table::CREATION_TIME,
     ]),
+    Step::Families(&[
+        &table::MEMORY_MAX_USAGE,
+        &table::MEMORY_FAILCNT,
+        &table::MEMORY_KERNEL,
+        &table::MEMORY_MAPPED,
+        &table::CFS_PERIODS,
+        &table::CFS_THROTTLED_PERIODS,
+        &table::CFS_THROTTLED,
+    ]),
+    Step::Families(&[
+        &table::RX_PACKETS,
+        &table::RX_DROPPED,
+        &table::RX_ERRORS,
+        &table::TX_PACKETS,
+        &table::TX_DROPPED,
+        &table::TX_ERRORS,
+    ]),
+    Step::Families(&[
+        &table::CPU_USER,
+        &table::CPU_SYSTEM,
+        &table::MEMORY_RSS,
+        &table::MEMORY_CACHE,
+        &table::MEMORY_SWAP,
+        &table::FS_USAGE,
+        &table::FS_LIMIT,
+        &table::START_TIME,
+        &table::OOM_EVENTS,
+    ]),
 ];
 
 impl Step {
@@ -138,8 +168,17 @@ impl Reply {
         }
     }
 
-    /// The log tells once how much is left out, and again when it is more.
-    pub fn send(self) -> Vec<cri::PodSandboxMetrics> {
+    /// The log tells once how much is left out, and again when it is more. RESOURCE_EXHAUSTED if what
+    /// always stays is too much.
+    pub fn send(self) -> Result<Vec<cri::PodSandboxMetrics>, Status> {
+        if self.bytes > MAX {
+            return Err(Status::resource_exhausted(format!(
+                "metrics of {} pods are {} bytes without all that may be left out, and a client \
+                 receives {TAKEN}: StreamPodSandboxMetrics sends them in parts",
+                self.pods.len(),
+                self.bytes,
+            )));
+        }
         static TOLD: AtomicUsize = AtomicUsize::new(0);
         if TOLD.fetch_max(self.left_out, Ordering::Relaxed) < self.left_out {
             tracing::warn!(
@@ -150,7 +189,7 @@ impl Reply {
                  (docs/metrics.md)"
             );
         }
-        self.pods
+        Ok(self.pods)
     }
 }
 
@@ -225,7 +264,7 @@ mod tests {
         let reply = Reply::of((0..250).map(|_| whole.clone()));
         let left_out = reply.left_out;
         assert!((1..STEPS.len()).contains(&left_out), "{left_out} steps");
-        let pod_metrics = reply.send();
+        let pod_metrics = reply.send().unwrap();
         let message = cri::ListPodSandboxMetricsResponse { pod_metrics };
         let bytes = message.encoded_len();
         assert!(bytes < TAKEN && bytes > MAX / 2, "{bytes} bytes");
@@ -256,50 +295,47 @@ mod tests {
         let whole = pod(2, 3);
         let reply = Reply::of((0..20).map(|_| whole.clone()));
         assert_eq!(reply.left_out, 0);
-        assert!(reply.send().iter().all(|pod| *pod == whole));
+        assert!(reply.send().unwrap().iter().all(|pod| *pod == whole));
     }
 
     #[test]
     fn cpu_memory_and_network_stay_whatever_there_is() {
-        let mut last = pod(1, 32);
-        let many = (0..1000).map(|_| last.clone());
+        // As many as a kubelet can be told to run.
+        let mut last = pod(3, 32);
+        let many = (0..500).map(|_| last.clone());
         let reply = Reply::of(many);
         assert!(reply.left_out > 0);
-        assert!(reply.bytes <= MAX, "{} bytes", reply.bytes);
+        assert_eq!(reply.send().unwrap().len(), 500);
         for step in STEPS {
             step.leave_out(&mut last);
         }
-        let of_network = |one: &&cri::Metric| one.name.starts_with(table::NETWORK);
-        let network: Vec<_> = last.metrics.iter().filter(of_network).collect();
-        assert_eq!(network.len(), 8);
-        assert!(
-            network
-                .iter()
-                .all(|one| one.label_values.last().is_some_and(|name| name == "net0"))
+        let stays = [
+            table::CPU_USAGE.name,
+            table::MEMORY_USAGE.name,
+            table::MEMORY_WORKING_SET.name,
+        ];
+        let network = [table::RX_BYTES.name, table::TX_BYTES.name];
+        assert_eq!(
+            names(&last.metrics),
+            stays.iter().chain(&network).copied().collect()
         );
-        let of_pod = last.metrics.iter().filter(|one| !of_network(one));
-        let of_container = names(&last.container_metrics[0].metrics);
-        for stays in [names(of_pod), of_container] {
-            for family in [
-                &table::CPU_USAGE,
-                &table::CPU_USER,
-                &table::CPU_SYSTEM,
-                &table::CFS_PERIODS,
-                &table::CFS_THROTTLED_PERIODS,
-                &table::CFS_THROTTLED,
-                &table::MEMORY_USAGE,
-                &table::MEMORY_WORKING_SET,
-                &table::MEMORY_RSS,
-                &table::MEMORY_CACHE,
-                &table::MEMORY_SWAP,
-                &table::OOM_EVENTS,
-                &table::FS_USAGE,
-                &table::FS_LIMIT,
-                &table::START_TIME,
-            ] {
-                assert!(stays.contains(family.name), "{}", family.name);
-            }
+        let of_network = |one: &&cri::Metric| one.name.starts_with(table::NETWORK);
+        let interfaces = last.metrics.iter().filter(of_network);
+        let interfaces: Vec<_> = interfaces.map(|one| one.label_values.last()).collect();
+        assert_eq!(interfaces, [Some(&"net0".to_owned()); 2]);
+        for container in &last.container_metrics {
+            assert_eq!(names(&container.metrics), stays.into());
         }
+    }
+
+    #[test]
+    fn what_cannot_be_received_is_refused() {
+        let large = cri::PodSandboxMetrics {
+            pod_sandbox_id: "5".repeat(MAX),
+            ..Default::default()
+        };
+        let refused = Reply::of([large].into_iter()).send().unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
     }
 
     /// docs/metrics.md tells the order.
