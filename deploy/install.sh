@@ -54,19 +54,33 @@ replace_files() {
         remove_put "$UNIT"
     elif [ -e "$UNIT" ]; then
         mv "$UNIT" "$UNIT.old"
+        forget "$UNIT"
         say "kept $UNIT.old: it was changed"
     fi
     # The package has them in /usr/lib, where those would hide them.
     remove_put "$MODULES"
     remove_put "$SYSCTLS"
+    hand_over "$CONFIG" || true
+    if hand_over "$PROFILE"; then apparmor_parser --replace "$PROFILE"; fi
     systemctl daemon-reload
     # The link that enables it leads to the file that is gone.
     systemctl reenable --quiet gantry.service
     systemctl restart gantry.service
     rm -f "$DAEMON" "$CTL" "$BIN/gantry-shim"
-    forget "$CONFIG"
-    forget "$PROFILE"
     [ ! -e "$CONFLIST" ] || say "kept $CONFLIST: remove it when the cluster brings a network of its own"
+}
+
+# Leaves the configuration file $1 to the package. One of an earlier version dpkg takes for changed and
+# keeps, with the package's beside it: where nobody has changed it, the package's takes its place, and
+# the status is 0.
+hand_over() {
+    local new=$1.dpkg-dist taken=1
+    if [ -e "$new" ] && untouched "$1"; then
+        mv "$new" "$1"
+        taken=0
+    fi
+    forget "$1"
+    return $taken
 }
 
 # Whether $1 is still what was put there, by whichever version.
@@ -95,7 +109,7 @@ put() {
 # Removes $1 if it was put there and is as it was. REMOVED: whether it is gone.
 remove_put() {
     REMOVED=no
-    [ -e "$1" ] || return 0
+    [ -e "$1" ] || { forget "$1"; return 0; }
     if untouched "$1"; then
         rm "$1"
         forget "$1"
@@ -108,10 +122,11 @@ remove_put() {
 forget() {
     [ -e "$SUMS" ] || return 0
     sed -i "\|  $1\$|d" "$SUMS"
-    [ -s "$SUMS" ] || rm -r "${SUMS%/*}"
+    [ -s "$SUMS" ] || { rm "$SUMS"; rmdir --ignore-fail-on-non-empty "${SUMS%/*}"; }
 }
 
 install_files() {
+    local failed=""
     if [ -n "${GANTRY_BIN:-}" ]; then
         install_programs "$GANTRY_BIN"/{gantryd,gantryctl,gantry-shim} "$BIN"
     else
@@ -126,9 +141,11 @@ install_files() {
         put "$PROFILE" <"$REPO/deploy/apparmor/gantry-default"
         apparmor_parser --replace "$PROFILE"
     fi
-    # As the package does: of the machine's sysctls those that pods need, and no others.
-    { systemctl restart systemd-modules-load.service &&
-        /usr/lib/systemd/systemd-sysctl --prefix=/net/ipv4/ip_forward --prefix=/net/bridge; } ||
+    # As the package does: of the machine's sysctls those that pods need, and no others. Also when one
+    # module, of whoever, does not load.
+    systemctl restart systemd-modules-load.service || failed=yes
+    /usr/lib/systemd/systemd-sysctl --prefix=/net/ipv4/ip_forward --prefix=/net/bridge || failed=yes
+    [ -z "$failed" ] ||
         say "modules or sysctls of pods could not be set: see systemctl status systemd-modules-load, sysctl --system"
     start_daemon
 }
