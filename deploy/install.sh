@@ -60,8 +60,9 @@ replace_files() {
     # The package has them in /usr/lib, where those would hide them.
     remove_put "$MODULES"
     remove_put "$SYSCTLS"
-    hand_over "$CONFIG" || true
-    if hand_over "$PROFILE"; then apparmor_parser --replace "$PROFILE"; fi
+    hand_over "$CONFIG"
+    hand_over "$PROFILE"
+    [ "$TAKEN" = no ] || apparmor_parser --replace "$PROFILE"
     systemctl daemon-reload
     # The link that enables it leads to the file that is gone.
     systemctl reenable --quiet gantry.service
@@ -71,16 +72,15 @@ replace_files() {
 }
 
 # Leaves the configuration file $1 to the package. One of an earlier version dpkg takes for changed and
-# keeps, with the package's beside it: where nobody has changed it, the package's takes its place, and
-# the status is 0.
+# keeps, with the package's beside it. TAKEN: whether the package's took its place, as it does where
+# nobody has changed it.
 hand_over() {
-    local new=$1.dpkg-dist taken=1
-    if [ -e "$new" ] && untouched "$1"; then
-        mv "$new" "$1"
-        taken=0
+    TAKEN=no
+    if [ -e "$1.dpkg-dist" ] && untouched "$1"; then
+        mv "$1.dpkg-dist" "$1"
+        TAKEN=yes
     fi
     forget "$1"
-    return $taken
 }
 
 # Whether $1 is still what was put there, by whichever version.
