@@ -8,7 +8,8 @@ mod not_served;
 mod reply;
 mod table;
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::HashSet;
 
 use gantry_cri_api::v1 as cri;
 use gantry_supervisor::Cgroups;
@@ -359,20 +360,10 @@ fn limits_of(asked: &cri::LinuxContainerResources, swap: bool, v2: bool) -> Limi
 /// Two sandboxes of one pod may be ready at once. A series that comes twice is an error to
 /// Prometheus, so the later one has those of the cgroup that both are in.
 fn tell_own_cgroups_once(pods: &mut [PodStats]) {
-    let order = |pod: &PodStats| {
-        let facts = &pod.view.facts;
-        (facts.record.created_at, facts.id.clone())
-    };
-    let mut last = HashMap::new();
-    for pod in pods.iter().filter(|pod| pod.own_cgroup) {
-        let known = last.entry(cgroup_parent(pod).to_owned());
-        let known = known.or_insert_with(|| order(pod));
-        if *known < order(pod) {
-            *known = order(pod);
-        }
-    }
-    for pod in pods {
-        pod.own_cgroup = last.get(cgroup_parent(pod)) == Some(&order(pod));
+    pods.sort_unstable_by_key(|pod| Reverse(pod.view.facts.record.created_at));
+    let mut told = HashSet::new();
+    for pod in pods.iter_mut().filter(|pod| pod.own_cgroup) {
+        pod.own_cgroup = told.insert(cgroup_parent(pod).to_owned());
     }
 }
 
