@@ -173,7 +173,8 @@ impl Server {
     }
 
     /// Closes every connection, tells backends that their clients are gone, and waits up to `limit`
-    /// for what they do about it; what is left then is dropped.
+    /// for what they do about it. What is left then goes on for as long as the process does: dropped
+    /// before, a backend's session is one that was given up, which is another end than ours.
     pub async fn shutdown(&self, limit: Duration) {
         self.stop.send_replace(true);
         let Some(mut accepting) = self.take_accepting() else {
@@ -181,8 +182,6 @@ impl Server {
         };
         if timeout(limit, &mut accepting).await.is_err() {
             tracing::warn!("streaming sessions were cut off");
-            // Its connections are the task's, and end with it.
-            accepting.abort();
         }
     }
 
