@@ -6,11 +6,16 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::net as rn;
 
 /// Most descriptors that one message may bring.
 pub const MAX_FDS: usize = 8;
+
+/// How long a socket may outlive the process that listened on it: whoever looks at its descriptors
+/// (proc_pid_fd(5)) holds them for a moment, as does a child of its between fork and exec.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// sendmsg(2) with descriptors attached to the first byte. Returns how many bytes were taken; the
 /// descriptors went with them. Never raises SIGPIPE.
@@ -107,7 +112,8 @@ fn short(path: &Path) -> io::Result<(PathBuf, Option<OwnedFd>)> {
 }
 
 /// Listens at `path` with mode 0600. A socket there that nobody listens on any more is replaced;
-/// anything else there is `AddrInUse`. For a process's start: changes the umask for a moment.
+/// anything else there is `AddrInUse`, after [`LINGER`] if it is a socket. For a process's start:
+/// changes the umask for a moment.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let (address, _directory) = short(path)?;
     let bind = || {
@@ -116,17 +122,23 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
         crate::fs::umask(old);
         listener
     };
-    match bind() {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-            let stale = UnixStream::connect(&address)
-                .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
-            if !stale || !is_socket(path) {
-                return Err(e);
+    let give_up = Instant::now() + LINGER;
+    loop {
+        match bind() {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_socket(path) => {
+                let stale = UnixStream::connect(&address)
+                    .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+                if stale {
+                    std::fs::remove_file(path)?;
+                    return bind();
+                }
+                if Instant::now() >= give_up {
+                    return Err(e);
+                }
+                std::thread::sleep(LINGER / 20);
             }
-            std::fs::remove_file(path)?;
-            bind()
+            result => return result,
         }
-        result => result,
     }
 }
 
@@ -181,8 +193,13 @@ mod tests {
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         connect(&path).unwrap();
         assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        drop(listener);
+        // It goes while another waits for it.
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(LINGER / 10);
+            drop(listener);
+        });
         listen(&path).unwrap();
+        holder.join().unwrap();
         std::fs::write(deep.join("file"), "precious").unwrap();
         assert!(listen(&deep.join("file")).is_err());
         assert!(deep.join("file").exists());
